@@ -1,0 +1,78 @@
+"""Time the diagonal Fisher information of the MNIST VAE three ways, side by side in one run.
+
+``python benchmarks/fisher.py [--samples 50000]``. Loop and vmap are timed on a part of the samples
+and scaled up, because they take minutes. Times are CPU seconds of one thread, which other work on
+the machine does not distort.
+"""
+
+import argparse
+import time
+
+import torch
+
+from lib.methods.fisher import diagonal_fisher
+from lib.models.cvae import ConditionalVAE
+
+LOSS = ConditionalVAE.elbo_from_noise
+
+
+def loop(model, batch):
+    """The definition: one backward pass a sample."""
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for sample in zip(*(part.split(1) for part in batch), strict=True):
+        model.zero_grad()
+        LOSS(model, *sample).sum().backward()
+        for name, parameter in model.named_parameters():
+            sums[name] += parameter.grad**2
+    model.zero_grad()
+    return {name: total / len(batch[0]) for name, total in sums.items()}
+
+
+def vmap(model, batch):
+    return diagonal_fisher(model, LOSS, [batch], linear_identity=False)
+
+
+def identity(model, batch):
+    return diagonal_fisher(model, LOSS, zip(*(part.split(500) for part in batch), strict=True))
+
+
+def cpu_seconds(function, *arguments):
+    start = time.process_time()
+    value = function(*arguments)
+    return time.process_time() - start, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--part", type=int, default=500, help="samples for loop and vmap")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    model = ConditionalVAE((1, 28, 28), 10)
+    classes = torch.randint(10, (options.samples,), generator=generator)
+    images = torch.cat([model.sample(c, generator) for c in classes.split(1000)])
+    noise = torch.randn(options.samples, model.latent_dim, generator=generator)
+    everything = images, classes, noise
+    part = tuple(tensor[: options.part] for tensor in everything)
+
+    scale = options.samples / options.part
+    identity(model, part)  # warm up
+    rows = {}
+    seconds, expected = cpu_seconds(loop, model, part)
+    rows[f"loop, {options.part} samples scaled"] = seconds * scale, expected
+    seconds, values = cpu_seconds(vmap, model, part)
+    rows[f"vmap(grad), {options.part} samples scaled"] = seconds * scale, values
+    seconds, _ = cpu_seconds(identity, model, everything)
+    rows[f"ours, all {options.samples} samples"] = seconds, identity(model, part)
+
+    slowest = next(iter(rows.values()))[0]
+    print(f"diagonal Fisher, {sum(p.numel() for p in model.parameters())} parameters, 1 CPU thread")
+    print(f"{'way':36s} {'seconds':>9s} {'speed':>7s}   largest difference from the loop")
+    for name, (seconds, values) in rows.items():
+        worst = max(float((values[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
+        print(f"{name:36s} {seconds:9.2f} {slowest / seconds:6.1f}x   {worst:.1e} (relative)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Taming normalizing flows (Malnick, Avidan, Fried, 2024): one function an equation.
+
+NLL stands for the negative log-likelihood of an image. All functions take it in any unit, but
+Eq. (8) is not free of the unit: the square of a distance in nats is much larger than that of the
+same distance in bits per dimension. The authors' code uses bits per dimension.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+NLL = Callable[[nn.Module, Tensor], Tensor]
+KL = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def average_nll(nll: Tensor) -> Tensor:
+    """Average the negative log-likelihood, the loss that trained the base model.
+
+    Implements TNF Eq. (5).
+
+    Shapes: ``nll`` (batch,); returns a scalar in the same unit.
+    """
+    return nll.mean()
+
+
+def nll_statistics(nll: Tensor) -> tuple[Tensor, Tensor]:
+    """Describe the NLL of the remember set by its mean and standard deviation.
+
+    Implements TNF Eq. (6).
+
+    Shapes: ``nll`` (batch,); returns two scalars in the same unit.
+    Raises: ValueError if there are fewer than two images.
+    """
+    if len(nll) < 2:
+        raise ValueError(
+            f"A standard deviation needs at least 2 remember images, got {len(nll)}; "
+            "enlarge the remember batch."
+        )
+    return nll.mean(), nll.std(correction=0)
+
+
+def signed_distance(nll: Tensor, mu_r: Tensor, sigma_r: Tensor, delta: float) -> Tensor:
+    """Measure how far each image is from the forgetting threshold, in standard deviations.
+
+    Implements TNF Eq. (7).
+
+    Shapes: ``nll`` (batch,), ``mu_r`` and ``sigma_r`` scalars, all in one unit; returns (batch,).
+    Raises: ValueError if ``sigma_r`` is not positive.
+    """
+    if not sigma_r > 0:
+        raise ValueError(
+            f"sigma_r must be positive, got {float(sigma_r)}; are all remember images the same?"
+        )
+    return (nll - (mu_r + delta * sigma_r)) / sigma_r
+
+
+def forget_loss(distance: Tensor, sigma_r: Tensor) -> Tensor:
+    """Pull every forget image to the threshold, from both sides.
+
+    Implements TNF Eq. (8). The loss is 0.5 at the threshold and saturates at 1 far from it.
+
+    Shapes: ``distance`` (batch,) in standard deviations, ``sigma_r`` a scalar; returns a scalar.
+    """
+    return torch.sigmoid(sigma_r**2 * distance**2).mean()
+
+
+def threshold_met(distance: Tensor, epsilon: float) -> bool:
+    """Say whether every forget image is within ``epsilon`` standard deviations of the threshold.
+
+    Implements TNF Eq. (9).
+
+    Raises: ValueError if ``epsilon`` is not positive.
+    """
+    if epsilon <= 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}; the paper uses 0.3.")
+    return bool((distance.abs() < epsilon).all())
+
+
+def is_forgotten(nll: Tensor, mu_r: Tensor, sigma_r: Tensor, delta: float) -> Tensor:
+    """Say for each image whether it is less likely than a share 1 - Phi(delta) of the remembered.
+
+    Implements TNF Eq. (10), with the inequality turned round: as printed, it calls the LIKELY
+    images forgotten.
+
+    Shapes: ``nll`` (batch,), the rest scalars; returns booleans (batch,).
+    """
+    return likelihood_quantile(nll, mu_r, sigma_r) <= 1.0 - standard_normal_cdf(delta)
+
+
+def likelihood_quantile(nll: Tensor, mu_r: Tensor, sigma_r: Tensor) -> Tensor:
+    """Return the share of remembered images with a higher NLL, if their NLL is normal.
+
+    Implements TNF Eq. (11). Computed in float64, since the tail is below float32's resolution
+    of numbers near one.
+
+    Shapes: ``nll`` (batch,), the rest scalars; returns (batch,) in [0, 1].
+    """
+    z = (nll.double() - mu_r) / sigma_r
+    return torch.special.ndtr(-z)
+
+
+def mean_likelihood_quantile(nll: Tensor, mu_r: Tensor, sigma_r: Tensor) -> Tensor:
+    """Average the likelihood quantile over a set of images.
+
+    Implements TNF Eq. (14).
+
+    Shapes: ``nll`` (batch,); returns a scalar.
+    """
+    return likelihood_quantile(nll, mu_r, sigma_r).mean()
+
+
+def gaussian_kl(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:
+    """Return KL(p || q) between two univariate normals, in nats. Closed form."""
+    return (
+        torch.log(sigma_q / sigma_p) + (sigma_p**2 + (mu_p - mu_q) ** 2) / (2.0 * sigma_q**2) - 0.5
+    )
+
+
+def gaussian_kl_detached_log(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor):
+    """Return the same value as :func:`gaussian_kl`, but with no gradient through the logarithm.
+
+    This is what the authors' released code computes (a logarithm of plain numbers). It is here
+    to measure what that changes; taming itself uses :func:`gaussian_kl`.
+    """
+    value = gaussian_kl(mu_p, sigma_p, mu_q, sigma_q)
+    log_ratio = torch.log(sigma_q / sigma_p)
+    return value - log_ratio + log_ratio.detach()
+
+
+def remember_loss(
+    nll_tamed: Tensor, nll_base: Tensor, gamma: float, kl: KL = gaussian_kl
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Keep the NLL distribution of the remember batch where the base model had it.
+
+    Implements TNF Eq. (12). The forward KL is KL(base || tamed).
+
+    Shapes: both NLLs (batch,), of the same images; returns a scalar and its terms.
+    """
+    base, tamed = nll_statistics(nll_base), nll_statistics(nll_tamed)
+    terms = {
+        "kl_forward": kl(*base, *tamed),
+        "kl_reverse": kl(*tamed, *base),
+        "average_nll": average_nll(nll_tamed),
+    }
+    both_kls = terms["kl_forward"] + terms["kl_reverse"]
+    return gamma * both_kls + (1.0 - gamma) * terms["average_nll"], terms
+
+
+def taming_loss(forget: Tensor, remember: Tensor, alpha: float) -> Tensor:
+    """Weigh forgetting against remembering.
+
+    Implements TNF Eq. (13).
+    """
+    return alpha * forget + (1.0 - alpha) * remember
+
+
+def standard_normal_cdf(x: float) -> float:
+    """Return Phi(x)."""
+    return 0.5 * math.erfc(-x / math.sqrt(2.0))
+
+
+@dataclass(frozen=True)
+class TamingSettings:
+    """The knobs of Algorithm 1; the defaults are the paper's, the batch its code's.
+
+    ``offset`` moves the target of the loss beyond the threshold; the authors' runs had 0.3.
+    """
+
+    delta: float = 4.0
+    epsilon: float = 0.3
+    alpha: float = 0.6
+    gamma: float = 0.6
+    lr: float = 5e-5
+    batch_forget: int = 8
+    batch_remember: int = 8
+    refresh_every: int = 10
+    statistics_images: int = 1024
+    offset: float = 0.0
+    max_steps: int = 300
+
+    def __post_init__(self):
+        if self.delta <= 0:
+            raise ValueError(f"delta must be positive, got {self.delta}; the paper uses 4.")
+        if not 0 <= self.alpha <= 1 or not 0 <= self.gamma <= 1:
+            raise ValueError(
+                f"alpha and gamma must lie in [0, 1], got {self.alpha} and {self.gamma}."
+            )
+
+
+def tame(
+    base: nn.Module,
+    forget: Tensor,
+    remember: Tensor,
+    nll: NLL,
+    settings: TamingSettings,
+    generator: torch.Generator,
+    kl: KL = gaussian_kl,
+) -> Iterator[tuple[nn.Module, dict[str, float]]]:
+    """Tame a copy of ``base``; yield the model and the step's terms after every step.
+
+    Algorithm 1 of the paper. ``nll(model, x)`` returns (batch,). The last pair has ``stopped``
+    set to 1.0 if the stop rule (9) was met; it is tested on all of ``forget`` before each step.
+
+    Shapes: ``forget`` and ``remember`` (n, ...), as the model takes them.
+    Raises: ValueError if one of the sets is empty.
+    """
+    if len(forget) == 0 or len(remember) < 2:
+        raise ValueError(
+            f"Taming needs forget and remember images, got {len(forget)} and {len(remember)}."
+        )
+    tamed = copy.deepcopy(base)
+    optimizer = torch.optim.Adam(tamed.parameters(), lr=settings.lr)
+    target = settings.delta + settings.offset
+    for step in range(settings.max_steps + 1):
+        if step % settings.refresh_every == 0:
+            with torch.no_grad():
+                subset = draw(remember, settings.statistics_images, generator)
+                mu_r, sigma_r = nll_statistics(nll(tamed, subset))
+        with torch.no_grad():
+            distance_all = signed_distance(nll(tamed, forget), mu_r, sigma_r, target)
+        stopped = threshold_met(distance_all, settings.epsilon)
+        terms = {"step": step, "mu_r": float(mu_r), "sigma_r": float(sigma_r)}
+        terms |= {"distance": float(distance_all.mean()), "stopped": float(stopped)}
+        if stopped or step == settings.max_steps:
+            yield tamed, terms
+            return
+
+        x_forget = draw(forget, settings.batch_forget, generator)
+        x_remember = draw(remember, settings.batch_remember, generator)
+        distance = signed_distance(nll(tamed, x_forget), mu_r, sigma_r, target)
+        loss_forget = forget_loss(distance, sigma_r)
+        with torch.no_grad():
+            nll_base = nll(base, x_remember)
+        loss_remember, remember_terms = remember_loss(
+            nll(tamed, x_remember), nll_base, settings.gamma, kl
+        )
+        total = taming_loss(loss_forget, loss_remember, settings.alpha)
+        terms |= {"forget": loss_forget.item(), "remember": loss_remember.item()}
+        terms |= {"total": total.item()}
+        terms |= {name: value.item() for name, value in remember_terms.items()}
+        yield tamed, terms
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+
+
+def draw(images: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Draw ``n`` images without replacement, or return all of them if there are no more."""
+    if len(images) <= n:
+        return images
+    order = torch.randperm(len(images), generator=generator, device=generator.device)
+    return images[order[:n].to(images.device)]
