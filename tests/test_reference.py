@@ -38,6 +38,11 @@ print("loss 1.0 nats")
 raise RuntimeError("planted")
 ```
 """
+SLEEPS = """```{code-cell} python3
+import time
+time.sleep(60)
+```
+"""
 WARNS = """```{code-cell} python3
 import sys
 print("careful", file=sys.stderr)
@@ -160,9 +165,17 @@ def test_raising_cell_fails_and_leaves_its_reference_alone(project):
     reference.write_text("kept", "utf8")
     (project.path / "chapters/one.md").write_text(HEADER + RAISES + SEEDED, "utf8")
     raised = project.runpytest_inprocess("--update-reference")
-    raised.assert_outcomes(failed=1, skipped=3)
+    raised.assert_outcomes(failed=2, skipped=2)
     raised.stdout.fnmatch_lines("*RuntimeError: planted*")
     assert reference.read_text("utf8") == "kept"
+
+
+def test_cell_that_runs_out_of_time_fails(project, monkeypatch):
+    monkeypatch.setattr(chapter_cache, "CELL_SECONDS", 1)
+    (project.path / "chapters/one.md").write_text(HEADER + SLEEPS, "utf8")
+    late = project.runpytest_inprocess("--update-reference")
+    assert late.parseoutcomes()["failed"] >= 1
+    late.stdout.fnmatch_lines("*one.md did not run to its end: A cell timed out*")
 
 
 def test_standard_error_fails(project):

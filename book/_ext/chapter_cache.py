@@ -34,8 +34,9 @@ from myst_parser.config.main import MdParserConfig
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from sphinx.errors import ExtensionError
+from sphinx.util import logging
 
+LOGGER = logging.getLogger(__name__)
 INPUT_FOLDERS = ("lib", "configs", "results", "checkpoints", "book/papers")
 CACHES = Path("_build", ".executed")
 CACHES_KEPT = 3
@@ -198,19 +199,23 @@ def use_cache(app, config) -> None:
 
 
 def execute_before_reading(app, env, docnames) -> None:
-    """Execute the chapters that Sphinx is about to read; stop the build if one raises."""
+    """Execute the chapters that Sphinx is about to read; end the build if one raises.
+
+    SystemExit, since Jupyter Book would bury the message of any other exception in tracebacks.
+    """
     root = Path(app.srcdir)
     paths = [Path(env.doc2path(name)) for name in docnames]
     try:
         for path in paths:
             check_header(path, root)
     except ValueError as error:
-        raise ExtensionError(str(error)) from error
-    chapters = filter(is_chapter, paths)
+        raise SystemExit(str(error)) from error
+    chapters = list(filter(is_chapter, paths))
+    LOGGER.info(f"executing those of {len(chapters)} chapters that are not in the cache ...")
     errors = execute_all(chapters, root, Path(app.config.nb_execution_cache_path))
     if errors:
         report = "\n\n".join(f"{page}:\n{error}" for page, error in sorted(errors.items()))
-        raise ExtensionError(f"{len(errors)} chapter(s) raised an error.\n{report}")
+        raise SystemExit(f"{report}\n\n{len(errors)} of the chapters raised an error.")
 
 
 def setup(app) -> dict:

@@ -138,7 +138,9 @@ def write_reference(path: Path, cells: list[NotebookNode]) -> None:
     sections = []
     for cell in cells:
         if text := printed_text(cell):
-            lines = [line.strip() for line in cell.source.splitlines() if re.search("[A-Za-z]", line)]
+            lines = [
+                line.strip() for line in cell.source.splitlines() if re.search("[A-Za-z]", line)
+            ]
             sections.append(f"--- {source_digest(cell)} | {lines[-1]}\n{text}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")

@@ -37,55 +37,42 @@ def run(config: Config, run: Run) -> None:
     """Train every kind of judge on every seed; report its answers to four kinds of images.
 
     The ensemble averages the probabilities of all judges with ten classes. The rows that end in
-    ``_min`` and ``_max`` range over those judges and the ensemble is not among them.
+    ``_min`` and ``_max`` range over those judges, without the ensemble.
     """
     train, test = (Digits.load(config.data, split, 28, run.device) for split in ("train", "test"))
     images = _inputs(config, run)
     base = Judge(**{f.name: getattr(config, f.name) for f in fields(Judge)})
+
+    def row(name: str, values: list[float], n: int, unit: str, data: str, judges: str) -> None:
+        seeds = config.seeds[: len(values)]
+        run.row(
+            name, values, n_samples=n, unit=unit, data=data, seeds=seeds, feature_extractor=judges
+        )
+
     answers: dict[str, list[dict[str, Tensor]]] = {}
+    x, labels = test.first(len(test.images))
     for kind, changes in config.kinds.items():
         recipe = replace(base, **changes)
         judges = [_judge(recipe, train, run, f"{kind}-{seed}", seed) for seed in config.seeds]
         answers[kind] = [
-            {name: predict_logits(judge, x) for name, x in images.items()} for judge in judges
+            {name: predict_logits(judge, batch) for name, batch in images.items()}
+            for judge in judges
         ]
-        x, labels = test.first(len(test.images))
-        run.row(
-            f"test_accuracy_{kind}",
-            [metrics.accuracy(predict_logits(judge, x), labels) for judge in judges],
-            n_samples=len(x),
-            unit="share",
-            data=test.source,
-            seeds=config.seeds,
-        )
-    ten = [each for kind in answers.values() for each in kind if each["grey"].shape[1] == 10]
+        right = [metrics.accuracy(predict_logits(judge, x), labels) for judge in judges]
+        row(f"test_accuracy_{kind}", right, len(x), "share", test.source, kind)
+
+    everyone = [(kind, each) for kind, over_seeds in answers.items() for each in over_seeds]
+    ten = [each for _, each in everyone if each["grey"].shape[1] == 10]
     ensemble = {name: metrics.ensemble_logits([each[name] for each in ten]) for name in images}
-    for kind, over_seeds in {**answers, "ensemble": [ensemble]}.items():
-        for name in images:
-            for measure, value in _MEASURES.items():
-                run.row(
-                    f"{measure}_{name}_{kind}",
-                    [value(each[name], config.forget) for each in over_seeds],
-                    n_samples=len(images[name]),
-                    unit=_UNITS[measure],
-                    data=_DATA[name],
-                    seeds=config.seeds if kind != "ensemble" else [config.seeds[0]],
-                    feature_extractor=kind,
-                )
-    for measure, value in _MEASURES.items():
-        for name in images:
-            over_judges = [value(each[name], config.forget) for each in ten]
+    for name in images:
+        for measure, (value, unit) in _MEASURES.items():
+            about = len(images[name]), unit, _DATA[name]
+            for kind, over_seeds in {**answers, "ensemble": [ensemble]}.items():
+                values = [value(each[name], config.forget) for each in over_seeds]
+                row(f"{measure}_{name}_{kind}", values, *about, kind)
+            values = [value(each[name], config.forget) for each in ten]
             for end, pick in (("min", min), ("max", max)):
-                run.row(
-                    f"{measure}_{name}_{end}",
-                    pick(over_judges),
-                    n_samples=len(images[name]),
-                    unit=_UNITS[measure],
-                    data=_DATA[name],
-                    seeds=[config.seeds[0]],
-                    feature_extractor=f"{len(ten)} judges",
-                )
-    everyone = [(k, each) for k, over_seeds in answers.items() for each in over_seeds]
+                row(f"{measure}_{name}_{end}", [pick(values)], *about, f"{len(ten)} judges")
     run.arrays(
         judges=np.array([kind for kind, _ in everyone]),
         inputs=np.array(list(images)),
@@ -99,10 +86,9 @@ def run(config: Config, run: Run) -> None:
 
 
 _MEASURES = {
-    "prob": lambda logits, digit: float(metrics.class_probability(logits, digit).mean()),
-    "entropy": lambda logits, digit: float(metrics.predictive_entropy(logits).mean()),
+    "prob": (lambda z, digit: float(metrics.class_probability(z, digit).mean()), "probability"),
+    "entropy": (lambda z, digit: float(metrics.predictive_entropy(z).mean()), "nats"),
 }
-_UNITS = {"prob": "probability", "entropy": "nats"}
 _DATA = {
     "noise": "uniform noise",
     "grey": "one flat image of 0.5",

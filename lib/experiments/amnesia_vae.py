@@ -82,16 +82,21 @@ def run(config: Config, run: Run) -> None:
         values = []
         for seed in config.seeds:
             result = forget(base, each, run, f"{suffix}-{seed}", seed)
-            values.append(measure(result.model, each.forget, seed))
-            if seed == config.seeds[0]:
-                grids.append(sample_grid(result.model, 10))
+            model, first = result.model, seed == config.seeds[0]
+            if config.ship and first:
+                model = run.ship(run.name, model, arguments_of(base))
+            values.append(measure(model, each.forget, seed))
+            if first:
+                grids.append(sample_grid(model, 10))
                 curves.append(result.history)
-                if config.ship:
-                    run.ship(run.name, result.model, arguments_of(base))
         report(suffix, values)
+    longest = max(curves, key=len)
+    total = np.full((len(curves), len(longest)), np.nan)  # a shorter variant ends in NaN
+    for row, curve in zip(total, curves, strict=True):
+        row[: len(curve)] = [line["total"] for line in curve]
     run.arrays(
         samples=np.stack(grids),
         samples_of=np.array(["base", *tasks]),
-        loss_step=np.array([line["step"] for line in curves[0]]),
-        loss_total=np.array([[line["total"] for line in curve] for curve in curves]),
+        loss_step=np.array([line["step"] for line in longest]),
+        loss_total=total,
     )

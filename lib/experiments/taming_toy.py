@@ -5,6 +5,7 @@ first base flow as the checkpoint ``toy_base``. With one delta and
 one alpha the rows are means over seeds; with several, the arrays of the sliders are kept.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -129,7 +130,7 @@ def measure(flow: RealNVP, config: Config, forget: Tensor, seed: int) -> dict[st
 
 @torch.no_grad()
 def frame(flow: RealNVP, config: Config, forget: Tensor, edges: np.ndarray) -> dict:
-    """Draw what one position of the sliders shows: density, NLL histograms, threshold inputs."""
+    """Draw what one position of the sliders shows: the density and the NLL histograms."""
     side = torch.linspace(-SIDE, SIDE, config.grid, device=forget.device)
     y, x = torch.meshgrid(side, side, indexing="ij")
     plane = torch.stack((x.flatten(), y.flatten()), dim=1)
@@ -145,6 +146,47 @@ def frame(flow: RealNVP, config: Config, forget: Tensor, edges: np.ndarray) -> d
         "density": flow.log_prob(plane).exp().reshape(config.grid, config.grid).cpu().numpy(),
         "remember": histogram(remember),
         "forget": histogram(nll(flow, forget)),
+    }
+
+
+def slider_panels(found: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """Arrange frames and numbers, of one position or of all, as panels of an ``Explorer``."""
+    edges, mu, sigma = found["edges"], found["mu_r"], found["sigma_r"]
+    delta = np.asarray(found["delta"])
+    threshold = mu + (delta[:, None] if np.ndim(mu) == 2 else delta) * sigma
+    return {
+        "density": {
+            "Density of x": {
+                "array": np.asarray(found["density"], dtype=np.float32),
+                "extent": (-SIDE, SIDE, -SIDE, SIDE),
+                "vmax": 6.0,
+                "xlabel": "x₁",
+                "ylabel": "x₂",
+                "alt": "Density of the tamed flow in the plane; the four corners are bright.",
+            }
+        },
+        "curves": {
+            "NLL": {
+                "x": (edges[1:] + edges[:-1]) / 2,
+                "lines": {"remember": found["remember"], "forget": found["forget"]},
+                "markers": {"μ_R + δσ_R": threshold},
+                "xlabel": "NLL (bits per dimension)",
+                "ylabel": "density",
+                "alt": "Histograms of the NLL of remembered and forgotten points.",
+            }
+        },
+        "values": {
+            "in the middle": {"array": found["share_centre"], "format": ".1%"},
+            "in no cluster": {"array": found["share_none"], "format": ".1%"},
+            "fewest in a corner": {"array": found["share_corner_min"], "format": ".1%"},
+            "most in a corner": {"array": found["share_corner_max"], "format": ".1%"},
+            "quantile, forget": {"array": found["quantile_forget"], "format": ".1e"},
+            "quantile, remember": {
+                "array": found["quantile_remember_held_out"],
+                "format": ".2f",
+            },
+            "steps": {"array": found["steps"], "format": ".0f"},
+        },
     }
 
 

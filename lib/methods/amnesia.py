@@ -28,7 +28,6 @@ class Anchor:
     Build it with :meth:`of`; the lists follow the order of ``model.named_parameters()``.
     """
 
-    names: tuple[str, ...]
     theta_star: list[Tensor]
     fisher: list[Tensor]
 
@@ -57,7 +56,6 @@ class Anchor:
                     "it is a mean of squares; compute it again with diagonal_fisher."
                 )
         return cls(
-            tuple(parameters),
             [p.detach().clone() for p in parameters.values()],
             [fisher[n].detach().to(p.device, p.dtype) for n, p in parameters.items()],
         )
