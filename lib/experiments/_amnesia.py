@@ -116,6 +116,7 @@ def forget(start: ConditionalVAE, task: Task, run: Run, part: str, seed: int) ->
         generator=generator,
         device=run.device,
         optimizer=FusedAdam,
+        bf16=False,
         checkpoint=run.checkpoint(part),
         resume=run.resume,
     )

@@ -156,6 +156,7 @@ def fine_tune(
         generator=run.generator(seed),
         device=run.device,
         optimizer=FusedAdam,
+        bf16=False,
         checkpoint=run.checkpoint(part),
         resume=run.resume,
     ).model

@@ -51,6 +51,7 @@ def run(config: Config, run: Run) -> None:
         generator=run.generator(config.seed),
         device=run.device,
         optimizer=FusedAdam,
+        bf16=False,
         checkpoint=run.checkpoint("model"),
         resume=run.resume,
         log_every=1000,

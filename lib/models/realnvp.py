@@ -31,7 +31,7 @@ class AffineCoupling(nn.Module):
         return 2.0 * torch.tanh(raw_scale), shift
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x`` one layer towards the latent; return it with ``log|det J|`` of shape (batch,)."""
+        """Map ``x`` one layer towards the latent; return it with ``log|det J|`` (batch,)."""
         kept, moved = x.split((self.n_kept, self.n_moved), dim=1)
         log_scale, shift = self.scale_and_shift(kept)
         return torch.cat((moved * log_scale.exp() + shift, kept), dim=1), log_scale.sum(1)
@@ -65,7 +65,8 @@ class RealNVP(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map data to latents.
 
-        Shapes: ``x`` (batch, dim); returns ``z`` (batch, dim) and ``log|det dz/dx|`` (batch,), in nats.
+        Shapes: ``x`` (batch, dim); returns ``z`` (batch, dim) and ``log|det dz/dx|`` (batch,) in
+        nats.
         Raises: ValueError if ``x`` has another shape.
         """
         self._check(x)

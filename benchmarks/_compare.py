@@ -1,0 +1,27 @@
+"""What the benchmarks share: time several ways in turns, and print them side by side."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+ROUNDS, WARM_UP = 40, 5
+
+
+def compare(title: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Print and return the median CPU milliseconds of each way; the first is the reference.
+
+    Every round times each way once, so that a slow phase of the machine hits all of them.
+    """
+    times = {name: [] for name in ways}
+    for turn in range(ROUNDS + WARM_UP):
+        for name, function in ways.items():
+            start = time.process_time()
+            function()
+            if turn >= WARM_UP:
+                times[name].append(1e3 * (time.process_time() - start))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    reference = next(iter(medians.values()))
+    print(title)
+    for name, value in medians.items():
+        print(f"  {name:38s} {value:7.2f} ms {reference / value:6.2f}x")
+    return medians
