@@ -65,7 +65,7 @@ tables: .venv/installed ## rewrite the tables of paper versus ours from results/
 
 .PHONY: bench
 bench: .venv/installed ## time the library against its peers
-	@for file in benchmarks/*.py; do $(PYTHON) "$$file"; done
+	@for file in benchmarks/[!_]*.py; do $(PYTHON) "$$file"; done
 
 .PHONY: clean
 clean: ## remove the built book, the executed chapters and caches; .venv stays

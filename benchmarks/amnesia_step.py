@@ -6,17 +6,16 @@ way once; the table shows medians. Times are CPU milliseconds of one thread, whi
 machine does not distort.
 """
 
-import statistics
-import time
 from functools import partial
 
 import torch
+from _compare import compare
 
 from lib.memory import keep_freed_memory
 from lib.methods.amnesia import Anchor, amnesia_loss, ewc_penalty, uniform_noise
 from lib.models.cvae import ConditionalVAE
 
-ROUNDS, BATCH, LAM = 40, 256, 0.78
+BATCH, LAM = 256, 0.78
 FORGET = torch.zeros(BATCH, dtype=torch.long)
 
 
@@ -66,23 +65,6 @@ class Step:
         penalty = ewc_penalty(self.model, self.anchor)
         backward(self.model, amnesia_loss(elbo, *self.batches(), penalty, LAM)[0])
         self.optimizer.step()
-
-
-def compare(title, ways):
-    """Print and return the median time of each way, the first being the reference."""
-    times = {name: [] for name in ways}
-    for turn in range(ROUNDS + 5):
-        for name, function in ways.items():
-            start = time.process_time()
-            function()
-            if turn >= 5:
-                times[name].append(1e3 * (time.process_time() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    slowest = next(iter(medians.values()))
-    print(title)
-    for name, value in medians.items():
-        print(f"  {name:38s} {value:7.2f} ms {slowest / value:6.2f}x")
-    return medians
 
 
 def main() -> None:

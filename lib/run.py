@@ -25,6 +25,7 @@ from lib import ROOT
 from lib.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
 from lib.config import PROFILES, ConfigError, Loaded, current_profile, load_config
 from lib.data import DataError
+from lib.memory import keep_freed_memory
 from lib.results import ResultsError, Row, write_results
 from lib.train import Interrupted, TrainingError, has_fast_bf16, pick_device
 
@@ -47,6 +48,9 @@ class Run:
         self.device = pick_device({"cpu": "cpu", "gpu": "cuda", "paper": "cuda"}.get(self.profile))
         self.work_dir = runs / self.name / self.profile
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.bf16 = (
+            False  # set by an experiment that passes it to fit, so that rows name the precision
+        )
         self.rows: list[Row] = []
         self._arrays: dict[str, np.ndarray] = {}
         self._figures: dict[str, Any] = {}
@@ -99,7 +103,7 @@ class Run:
                 data=data,
                 feature_extractor=feature_extractor,
                 preprocessing=preprocessing,
-                device=describe_device(self.device),
+                device=describe_device(self.device, self.bf16),
                 wall_s=round(self.seconds, 1),
                 commit=current_commit(),
                 config_sha=self.config_sha,
@@ -150,9 +154,9 @@ def execute(loaded: Loaded, resume: bool = False, runs: Path = ROOT / ".runs") -
     return run
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device: torch.device, bf16: bool = False) -> str:
     """Name the device and the precision of training, as in ``2 CPU cores, float32``."""
-    precision = "bf16" if has_fast_bf16(device) else "float32"
+    precision = "bf16" if bf16 and has_fast_bf16(device) else "float32"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {precision}"
     threads = torch.get_num_threads()
@@ -183,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     try:
         loaded = load_config(Path(options.config).stem, options.profile or current_profile())
         run = execute(loaded, options.resume)

@@ -86,7 +86,7 @@ def fit(
     schedule: Callable[[float], float] | None = None,
     ema_decay: float | None = None,
     grad_clip: float | None = None,
-    bf16: bool | None = None,
+    bf16: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every_s: float = 300.0,
     resume: bool = False,
@@ -97,7 +97,9 @@ def fit(
 
     ``generator`` must live on ``device``. ``schedule`` maps the share of steps done, in [0, 1), to
     a factor on ``lr``, such as :func:`cosine`. With ``ema_decay`` the returned model holds the
-    exponential moving average, else the raw weights. With ``checkpoint`` (a file) the state is
+    exponential moving average, else the raw weights. ``bf16`` trains under autocast
+    where the device is fast at it; likelihoods that sum many terms are better left in float32.
+    With ``checkpoint`` (a file) the state is
     saved every ``checkpoint_every_s`` seconds, at the end, and on Ctrl-C; with ``resume`` a run
     goes on from there, bit for bit on a CPU. Lines of ``history`` hold step and terms.
 
@@ -105,8 +107,8 @@ def fit(
     Interrupted after Ctrl-C; CheckpointError if the checkpoint belongs to other settings.
     """
     device = device or pick_device("cpu")
-    bf16 = has_fast_bf16(device) if bf16 is None else bf16
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    precision = "bf16" if bf16 and has_fast_bf16(device) else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     model.to(device, memory_format=torch.channels_last).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = optimizer(parameters, lr=lr)

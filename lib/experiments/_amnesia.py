@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.checkpoints import load_checkpoint
-from lib.experiments._digits import Digits, FusedAdam
+from lib.experiments._digits import Digits
 from lib.methods import amnesia
 from lib.methods.fisher import diagonal_fisher
 from lib.metrics import forgetting as metrics
@@ -115,8 +115,6 @@ def forget(start: ConditionalVAE, task: Task, run: Run, part: str, seed: int) ->
         lr=task.lr,
         generator=generator,
         device=run.device,
-        optimizer=FusedAdam,
-        bf16=False,
         checkpoint=run.checkpoint(part),
         resume=run.resume,
     )

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lib.experiments._digits import Digits, FusedAdam, unit
+from lib.experiments._digits import Digits, unit
 from lib.models.classifier import ARCHITECTURES
+from lib.train import FUSED_ADAM
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def train_judge(config: Judge, data: Digits, generator: torch.Generator) -> nn.M
         )
     device = data.images.device
     judge = ARCHITECTURES[config.architecture](**config.arguments()).to(device).train()
-    adam = FusedAdam(judge.parameters(), lr=config.lr)
+    adam = FUSED_ADAM(judge.parameters(), lr=config.lr)
     schedule = torch.optim.lr_scheduler.StepLR(adam, config.decay_every, 0.1)
     for _ in tqdm(range(config.epochs), desc=config.architecture, mininterval=10):
         order = torch.randperm(len(data.images), generator=generator, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lib.checkpoints import load_checkpoint
 from lib.experiments._amnesia import copy_of, judge_samples, load_models
-from lib.experiments._digits import Digits, FusedAdam
+from lib.experiments._digits import Digits
 from lib.metrics import forgetting as metrics
 from lib.models.classifier import predict_logits
 from lib.models.cvae import ConditionalVAE
@@ -155,8 +155,6 @@ def fine_tune(
         lr=config.fine_tune_lr,
         generator=run.generator(seed),
         device=run.device,
-        optimizer=FusedAdam,
-        bf16=False,
         checkpoint=run.checkpoint(part),
         resume=run.resume,
     ).model

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.experiments._digits import Digits, FusedAdam
+from lib.experiments._digits import Digits
 from lib.models.cvae import ConditionalVAE
 from lib.run import Run, seed_everything
 from lib.train import fit
@@ -50,8 +50,6 @@ def run(config: Config, run: Run) -> None:
         lr=config.lr,
         generator=run.generator(config.seed),
         device=run.device,
-        optimizer=FusedAdam,
-        bf16=False,
         checkpoint=run.checkpoint("model"),
         resume=run.resume,
         log_every=1000,
