@@ -4,9 +4,10 @@
 reference in ``book/reference/<profile>/`` and leaves it alone when a cell raises. What is compared,
 and how closely, is described in ``book/_ext/chapter_reference.py``. Chapters are executed through
 the book's cache (``book/_ext/chapter_cache.py``), so that one execution serves the book and the
-tests. A cell fails if it raises, writes to standard error, prints something else than its
-reference, or has none; a chapter fails if its reference is missing or holds cells that it no longer
-has. With ``BOOK_PROFILE=gpu`` the chapters are skipped by name where there is no GPU.
+tests. A cell fails if it raises, writes to standard error, shows a figure without alternative text,
+or prints something else than its reference. A chapter fails if its reference is missing or holds
+cells that it no longer has. With ``BOOK_PROFILE=gpu`` the chapters are skipped by name where there
+is no GPU.
 """
 
 import functools
@@ -102,6 +103,8 @@ class ChapterCell(IPyNbCell):
             pytest.skip(f"{self.parent.name}: a cell before this one raised an error")
         if warning := chapter_reference.error_text(cell):
             self.raise_cell_error("The cell wrote to standard error.", warning)
+        if chapter_reference.shows_silent_figure(cell):
+            self.raise_cell_error("The cell's figure needs `mystnb: {image: {alt: ...}}`.")
         printed = chapter_reference.printed_text(cell)
         reference = self.parent.references[self.cell_num]
         if self.parent.reference_exists and reference is None and printed:

@@ -360,8 +360,11 @@ def comparison(name: str, profile: str | None = None) -> "pd.DataFrame":
     for entry in entries:
         judged = verdict(entry, results)
         ours = "" if judged == NOT_ATTEMPTED else format_ours(results.row(entry["quantity"]))
-        lines.append((entry["quantity"], paper_cell(entry["paper"]), ours, judged, label))
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+        lines.append(
+            (entry["quantity"].replace("_", " "), paper_cell(entry["paper"]), ours, judged, label)
+        )
+    frame = pd.DataFrame(lines, columns=list(COLUMNS)).set_index(COLUMNS[0])
+    return frame.rename_axis(index=None, columns=COLUMNS[0])  # one header line, no row numbers
 
 
 def tables() -> dict[str, str]:
@@ -371,7 +374,7 @@ def tables() -> dict[str, str]:
     for folder in folders:
         frame = comparison(folder.parent.name, folder.name)
         texts[f"{folder.parent.name}-{folder.name}.csv"] = frame.to_csv(
-            index=False, lineterminator="\n"
+            index_label=COLUMNS[0], lineterminator="\n"
         )
     return texts
 

@@ -87,17 +87,6 @@ def images_without_alt(text: str) -> list[str]:
     return silent
 
 
-def silent_figures(cells: list) -> list[int]:
-    """List the executed cells that show a figure without ``mystnb: {image: {alt: ...}}``."""
-    silent = []
-    for number, cell in enumerate(cells, start=1):
-        shows = any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {}))
-        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "").strip()
-        if shows and not alt:
-            silent.append(number)
-    return silent
-
-
 def broken_links(text: str, folder: Path) -> list[str]:
     """List links to files that are not there."""
     targets = re.findall(r"\]\(([^)\s]+)\)", fences_removed(text))
@@ -145,12 +134,6 @@ def tracked_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-@pytest.fixture(scope="module")
-def valid_cache() -> Path:
-    """The cache that the book and the collector share."""
-    return chapter_cache.cache_folder(ROOT)
-
-
 def test_there_are_chapters():
     assert BACKGROUND and METHOD
 
@@ -181,12 +164,6 @@ def test_chapter_is_not_too_long(path):
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_images_have_alternative_text(path):
     assert images_without_alt(path.read_text("utf8")) == []
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_executed_figures_have_alternative_text(path, valid_cache):
-    cells = chapter_cache.code_cells(chapter_cache.execute(path, ROOT, valid_cache).notebook)
-    assert silent_figures(cells) == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
@@ -268,11 +245,6 @@ def test_planted_faults_of_pictures_and_links_are_found():
     assert images_without_alt("```{figure} a.png\n:name: fig\n\nText\n```")
     assert images_without_alt(":::{image} a.png\n:::")
     assert images_without_alt('<img src="a.png" alt="">') and images_without_alt("<img src='a'>")
-    cell = chapter_cache.NotebookNode(
-        outputs=[{"data": {"image/png": "…"}}], metadata={"mystnb": {"image": {"alt": "a flow"}}}
-    )
-    assert silent_figures([cell]) == []
-    assert silent_figures([cell, chapter_cache.NotebookNode(cell, metadata={})]) == [2]
     links = "[a](conftest.py#top) [b](https://x.org) [c](#here)"
     assert broken_links(links + " [d](gone.md)", ROOT) == ["gone.md"]
 

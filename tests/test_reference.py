@@ -98,6 +98,15 @@ def test_printed_text_drops_figures_and_addresses_only():
     assert chapter_reference.error_text(cell) == "a warning\n"
 
 
+def test_figure_needs_alternative_text():
+    figure = new_output("display_data", {"image/png": "…", "text/plain": "<Figure>"})
+    described = {"mystnb": {"image": {"alt": "two clusters"}}}
+    shows_silent_figure = chapter_reference.shows_silent_figure
+    assert shows_silent_figure(new_code_cell("", outputs=[figure]))
+    assert not shows_silent_figure(new_code_cell("", outputs=[figure], metadata=described))
+    assert not shows_silent_figure(new_code_cell("", outputs=[new_output("stream", text="1")]))
+
+
 def test_tags_loosen_the_numbers_of_a_cell():
     cell = new_code_cell("", metadata={"tags": ["rtol-1e-2", "atol-0.5", "hide-input"]})
     assert chapter_reference.tolerance(cell) == Tolerance(rtol=1e-2, atol=0.5)

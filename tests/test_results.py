@@ -307,16 +307,16 @@ def test_comparison_sets_ours_beside_the_paper(folder):
     ]
     write_results(folder, CONFIG | {"verdict": entries}, [ROW, BASE])
     frame = comparison("toy")
-    assert list(frame.columns) == list(COLUMNS)
-    assert frame.values.tolist() == [
+    assert [frame.columns.name, *frame.columns] == list(COLUMNS)
+    assert frame.reset_index().values.tolist() == [
         [
-            "share_centre",
+            "share centre",
             "no number to compare with",
             "0.0042 ± 0.0011 (3 seeds)",
             "reproduced",
             "toy/cpu",
         ],
-        ["share_base", "7.4e-6 (Table 1)", "0.2 (1 seed)", "not reproduced", "toy/cpu"],
+        ["share base", "7.4e-6 (Table 1)", "0.2 (1 seed)", "not reproduced", "toy/cpu"],
         [
             "unmeasured",
             "not given (Sec. 3 and 4): no source at hand gives it, and there is no public code",

@@ -74,6 +74,13 @@ def error_text(cell: NotebookNode) -> str:
     return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stderr")
 
 
+def shows_silent_figure(cell: NotebookNode) -> bool:
+    """Tell whether an executed cell shows a figure without ``mystnb: {image: {alt: ...}}``."""
+    shows = any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {}))
+    alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+    return shows and not alt.strip()
+
+
 def compare(printed: str, reference: str, within: Tolerance) -> str | None:
     """Compare a cell's text with its reference; return the first difference as a sentence."""
     new, old = printed.splitlines(), reference.splitlines()

@@ -170,6 +170,7 @@ def slider_panels(found: Mapping[str, np.ndarray]) -> dict[str, dict]:
                 "x": (edges[1:] + edges[:-1]) / 2,
                 "lines": {"remember": found["remember"], "forget": found["forget"]},
                 "markers": {"μ_R + δσ_R": threshold},
+                "ylim": (0.0, 2.0),
                 "xlabel": "NLL (bits per dimension)",
                 "ylabel": "density",
                 "alt": "Histograms of the NLL of remembered and forgotten points.",
