@@ -358,11 +358,9 @@ def comparison(name: str, profile: str | None = None) -> "pd.DataFrame":
         entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("verdict") or []
     lines = []
     for entry in entries:
-        judged = verdict(entry, results)
-        ours = "" if judged == NOT_ATTEMPTED else format_ours(results.row(entry["quantity"]))
-        lines.append(
-            (entry["quantity"].replace("_", " "), paper_cell(entry["paper"]), ours, judged, label)
-        )
+        quantity, judged = entry["quantity"], verdict(entry, results)
+        ours = "" if judged == NOT_ATTEMPTED else format_ours(results.row(quantity))
+        lines.append((quantity.replace("_", " "), paper_cell(entry["paper"]), ours, judged, label))
     frame = pd.DataFrame(lines, columns=list(COLUMNS)).set_index(COLUMNS[0])
     return frame.rename_axis(index=None, columns=COLUMNS[0])  # one header line, no row numbers
 
