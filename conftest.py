@@ -16,7 +16,7 @@ from pathlib import Path
 import chapter_cache
 import chapter_reference
 import pytest
-from nbval.plugin import IPyNbCell, IPyNbFile
+from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 
 UPDATE = "rewrite it with `pytest --update-reference` (or `make reference`) and read the diff."
 
@@ -91,7 +91,7 @@ class ChapterFile(IPyNbFile):
 
 
 class ChapterCell(IPyNbCell):
-    """A code cell; nbval's cell, which reports a failure, compared with tolerances."""
+    """A code cell; nbval's cell, compared with tolerances."""
 
     def runtest(self):
         """Check that the cell ran, kept silent on standard error, and printed its reference."""
@@ -115,6 +115,13 @@ class ChapterCell(IPyNbCell):
             within = chapter_reference.tolerance(cell)
             if difference := chapter_reference.compare(printed, reference, within):
                 self.raise_cell_error(f"The cell's output changed: {difference}")
+
+    def repr_failure(self, excinfo):
+        """Report a failure beginning with its sentence, so that the summary quotes it."""
+        error = excinfo.value
+        if isinstance(error, NbCellError):
+            return "\n\n".join(filter(None, (str(error), error.source, error.inner_traceback)))
+        return super().repr_failure(excinfo)
 
 
 class ChapterReference(pytest.Item):

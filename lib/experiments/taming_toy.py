@@ -102,7 +102,10 @@ def train_base(config: Config, seed: int, run: Run | None = None) -> tuple[RealN
 
 @torch.no_grad()
 def measure(flow: RealNVP, config: Config, forget: Tensor, seed: int) -> dict[str, float]:
-    """Measure shares of samples and likelihood quantiles on points that were never trained on."""
+    """Measure shares of fresh samples, and likelihood quantiles against a fresh crowd.
+
+    ``forget`` are the tamed points; ``forget_held_out`` are fresh points of their cluster.
+    """
     generator = torch.Generator(forget.device).manual_seed(10_000 + seed)
     held_out, cluster = five_gaussians(config.n_samples, generator, config.std)
     remember = nll(flow, held_out[cluster != FORGOTTEN])
