@@ -76,6 +76,7 @@ def test_real_images_are_scored_under_their_own_class():
     assert found.keys() == {
         "log_p_forget",
         "log_p_forget_binarised",
+        "log_p_forget_refined",
         "log_p_remember",
         "log_p_remember_binarised",
         "nearest_real",

@@ -58,6 +58,22 @@ def test_elbo_is_tight_where_the_posterior_is_the_prior():
     torch.testing.assert_close(model.elbo(x, c), grid_log_likelihood(model, x, c))
 
 
+def test_a_searched_posterior_does_not_trust_the_encoder():
+    model = tiny()
+    with torch.no_grad():
+        mean, log_var = model.encoder[-1].bias.chunk(2)
+        mean += 6  # sure of a place far from where the decoder draws x
+        log_var -= 6
+    x, c = torch.randint(0, 2, (5, 1, 2, 2)).double(), torch.tensor([0, 1, 2, 0, 1])
+    exact = grid_log_likelihood(model, x, c)
+    generator = torch.Generator().manual_seed(0)
+    own = model.log_likelihood(x, c, 100, generator)
+    searched = model.fit_posterior(x, c, generator=generator)
+    refined = model.log_likelihood(x, c, 1000, generator, searched)
+    assert (own < exact - 1).all()
+    torch.testing.assert_close(refined, exact, atol=0.05, rtol=0)
+
+
 def test_probabilities_of_all_binary_images_sum_to_one():
     model = tiny()
     x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).double().reshape(16, 1, 2, 2)
@@ -97,3 +113,5 @@ def test_bad_input_is_named():
         model.decode(torch.zeros(2, 3), c)
     with pytest.raises(ValueError, match="n_importance is 0"):
         model.log_likelihood(x, c, 0)
+    with pytest.raises(ValueError, match="starts is 0 and steps 150"):
+        model.fit_posterior(x, c, 0)

@@ -77,7 +77,7 @@ def run(config: Config, run: Run) -> None:
                 run.row(
                     f"{quantity}_{digit}_{suffix}",
                     [table[seed][when][digit][quantity] for seed in config.seeds],
-                    n_samples=config.n_real if real_images else config.n_samples,
+                    n_samples=real.n_of(quantity) if real_images else config.n_samples,
                     unit=UNITS[quantity],
                     data=real.test.source if real_images else "samples of the model",
                     seeds=config.seeds,
@@ -102,4 +102,4 @@ def run(config: Config, run: Run) -> None:
     )
 
 
-_KEPT = ("prob", "entropy", "grey_distance", "log_p_forget", "nearest_real")
+_KEPT = ("prob", "entropy", "grey_distance", "log_p_forget", "log_p_forget_refined", "nearest_real")

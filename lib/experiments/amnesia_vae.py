@@ -61,16 +61,17 @@ def run(config: Config, run: Run) -> None:
     def report(suffix: str, values: list[dict[str, float]]) -> None:
         for quantity in values[0]:
             real_images = quantity.startswith("log_p")
+            binarised = quantity.endswith(("binarised", "refined"))
             judged = quantity in ("prob", "entropy", "remember_prob", "remember_accuracy")
             run.row(
                 f"{quantity}_{suffix}",
                 [found[quantity] for found in values],
-                n_samples=config.n_real if real_images else config.n_samples,
+                n_samples=real.n_of(quantity) if real_images else config.n_samples,
                 unit=UNITS[quantity],
                 data=real.test.source if real_images else "samples of the model",
                 seeds=config.seeds,
                 feature_extractor=config.judge if judged else None,
-                preprocessing="pixels above 0.5 are 1" if quantity.endswith("binarised") else None,
+                preprocessing="pixels above 0.5 are 1" if binarised else None,
             )
 
     digits = sorted({each.forget for each in tasks.values()})
