@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from lib.methods.fisher import diagonal_fisher
 from lib.metrics import forgetting as metrics
 from lib.models.classifier import SmallCNN, predict_logits
 from lib.models.cvae import ConditionalVAE
-from lib.run import Run
 from lib.train import Fit, fit
 
 
@@ -73,17 +73,23 @@ def surrogate_sampler(kind: str | int, frozen: ConditionalVAE) -> amnesia.Sample
     raise ValueError(f"The surrogate {kind!r} is unknown; choose noise, grey or a digit.")
 
 
-def forget(start: ConditionalVAE, task: Task, run: Run, part: str, seed: int) -> Fit:
+def forget(
+    start: ConditionalVAE,
+    task: Task,
+    generator: torch.Generator,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Fit:
     """Copy ``start`` and make the copy forget; no data set is used, only the model's own samples.
 
-    ``part`` names the resumable checkpoint of this forgetting within the run.
     Raises: ValueError if the task names an unknown objective or surrogate.
     """
     objectives = ("amnesia", "bayes_replay", "bayes")
     if task.objective not in objectives:
         raise ValueError(f"The objective {task.objective!r} is unknown; choose from {objectives}.")
     frozen, model = copy_of(start), copy_of(start)
-    generator = run.generator(seed)
+    device = generator.device
     fisher = diagonal_fisher(
         frozen,
         ConditionalVAE.elbo_from_noise,
@@ -91,14 +97,14 @@ def forget(start: ConditionalVAE, task: Task, run: Run, part: str, seed: int) ->
     )
     anchor = amnesia.Anchor.of(model, fisher)
     surrogate = surrogate_sampler(task.surrogate, frozen)
-    kept = torch.tensor([c for c in range(start.n_classes) if c != task.forget], device=run.device)
-    c_f = torch.full((task.batch,), task.forget, device=run.device)
+    kept = torch.tensor([c for c in range(start.n_classes) if c != task.forget], device=device)
+    c_f = torch.full((task.batch,), task.forget, device=device)
     loss_options = {"lam": task.lam, "reduction": task.reduction}
 
     def step_loss(model: nn.Module, generator) -> tuple[Tensor, dict[str, Tensor]]:
         elbo = partial(model.elbo, generator=generator)
         penalty = amnesia.ewc_penalty(model, anchor, task.ewc_factor)
-        c_r = kept[torch.randint(len(kept), (task.batch,), generator=generator, device=run.device)]
+        c_r = kept[torch.randint(len(kept), (task.batch,), generator=generator, device=device)]
         replay = (frozen.sample(c_r, generator), c_r) if task.replay else None
         if task.objective == "amnesia":
             q = surrogate(task.batch, generator), c_f
@@ -114,9 +120,10 @@ def forget(start: ConditionalVAE, task: Task, run: Run, part: str, seed: int) ->
         steps=task.iterations,
         lr=task.lr,
         generator=generator,
-        device=run.device,
-        checkpoint=run.checkpoint(part),
-        resume=run.resume,
+        device=device,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=progress,
     )
 
 

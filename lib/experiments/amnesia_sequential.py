@@ -63,8 +63,9 @@ def run(config: Config, run: Run) -> None:
     for seed in config.seeds:
         model = base
         for step, digit in enumerate(config.digits):
-            part = f"seed{seed}-step{step}"
-            model = forget(model, replace(task, forget=digit), run, part, seed).model
+            part = run.checkpoint(f"seed{seed}-step{step}")
+            each = replace(task, forget=digit)
+            model = forget(model, each, run.generator(seed), part, run.resume).model
             table[seed].append({d: measure(model, d, seed) for d in config.digits})
             accuracy[seed].append(kept_accuracy(model, seed))
             if seed == config.seeds[0]:

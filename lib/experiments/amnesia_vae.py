@@ -82,7 +82,8 @@ def run(config: Config, run: Run) -> None:
     for suffix, each in tasks.items():
         values = []
         for seed in config.seeds:
-            result = forget(base, each, run, f"{suffix}-{seed}", seed)
+            part = run.checkpoint(f"{suffix}-{seed}")
+            result = forget(base, each, run.generator(seed), part, run.resume)
             model, first = result.model, seed == config.seeds[0]
             if config.ship and first:
                 model = run.ship(run.name, model, arguments_of(base))
