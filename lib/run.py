@@ -27,7 +27,7 @@ from lib.config import PROFILES, ConfigError, Loaded, current_profile, load_conf
 from lib.data import DataError
 from lib.memory import keep_freed_memory
 from lib.results import ResultsError, Row, write_results
-from lib.train import Interrupted, TrainingError, has_fast_bf16, pick_device
+from lib.train import Interrupted, TrainingError, has_fast_bf16, pick_device, trained_seconds
 
 
 def seed_everything(seed: int) -> torch.Generator:
@@ -55,10 +55,16 @@ class Run:
         self._arrays: dict[str, np.ndarray] = {}
         self._figures: dict[str, Any] = {}
         self._clock = self.work_dir / "seconds.json"
-        before = json.loads(self._clock.read_text()) if resume and self._clock.is_file() else 0.0
-        self._start = time.perf_counter() - before
+        self._start = time.perf_counter() - (self._seconds_before() if resume else 0.0)
         canonical = json.dumps(self.resolved, sort_keys=True, default=str).encode()
         self.config_sha = hashlib.sha256(canonical).hexdigest()[:12]
+
+    def _seconds_before(self) -> float:
+        """Return the seconds spent before a resume; a run that was killed wrote no clock."""
+        clock = json.loads(self._clock.read_text()) if self._clock.is_file() else 0.0
+        return max(
+            clock, sum(trained_seconds(path) for path in self.work_dir.glob("*.safetensors"))
+        )
 
     @property
     def seconds(self) -> float:

@@ -173,6 +173,13 @@ def fit(
     return state.fit
 
 
+def trained_seconds(checkpoint: Path) -> float:
+    """Return the seconds of training in a checkpoint of :func:`fit`; 0 for any other file."""
+    with safe_open(checkpoint, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return json.loads(metadata["progress"])["seconds"] if "progress" in metadata else 0.0
+
+
 class _Step(nn.Module):
     """Make the step a ``forward``, which is what accelerate wraps for autocast and sharding."""
 

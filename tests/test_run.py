@@ -1,5 +1,6 @@
 """Every config end to end in its smoke profile, and the command line's answers to mistakes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from lib import ROOT
 from lib.config import config_names, load_config
@@ -57,6 +59,17 @@ def test_the_clock_counts_on_after_a_resume(tmp_path):
     first.pause_clock()
     assert Run(loaded, runs=tmp_path).seconds < 50
     assert Run(loaded, resume=True, runs=tmp_path).seconds >= 100
+
+
+def test_the_clock_of_a_killed_run_is_that_of_its_checkpoints(tmp_path):
+    loaded = load_config(SMOKE_TWICE, "smoke")
+    killed = Run(loaded, runs=tmp_path)
+    for part, seconds in (("first", 70.0), ("second", 50.0)):
+        progress = {"progress": json.dumps({"steps": 1, "seconds": seconds, "history": []})}
+        save_file({"x": torch.zeros(1)}, killed.checkpoint(part), progress)
+    save_file({"x": torch.zeros(1)}, killed.checkpoint("shipped"))  # not one of fit's
+    assert 120 <= Run(loaded, resume=True, runs=tmp_path).seconds < 150
+    assert Run(loaded, runs=tmp_path).seconds < 50
 
 
 def test_the_seed_fixes_every_source_of_randomness():
