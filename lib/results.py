@@ -10,7 +10,6 @@ result.
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 import yaml
-from simpleeval import InvalidExpression, NameNotDefined, SimpleEval
 
 from lib import ROOT
 from lib.config import ConfigError, current_profile
-from lib.papers import PaperError, format_number, paper_cell, paper_entry, paper_value
+from lib.papers import PaperError, format_number, paper_cell
+from lib.verdicts import VerdictError, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +33,6 @@ RESULTS = ROOT / "results"
 TABLES = ROOT / "book" / "tables"
 COLUMNS = ("quantity", "paper (table)", "ours (mean ± sd, seeds)", "verdict", "run")
 MAX_FIGURES = 3
-
-REPRODUCED, SAME_ORDERING = "reproduced", "same ordering"
-NOT_REPRODUCED, NOT_ATTEMPTED = "not reproduced", "not attempted"
 
 
 class ResultsError(RuntimeError):
@@ -268,67 +264,6 @@ def _read_folder(name: str, profile: str, folder: Path) -> Results:
     return Results(name, profile, folder, tuple(_check_rows(rows, str(metrics))), resolved)
 
 
-def standard_normal_cdf(x: float) -> float:
-    """Return Phi(x), the share of a standard normal distribution below ``x``."""
-    return math.erfc(-x / math.sqrt(2)) / 2
-
-
-def verdict(entry: Mapping[str, Any], results: Results | None) -> str:
-    """Judge one claim by the rule that its config fixed before the run.
-
-    ``entry`` is one item of a config's ``verdict`` list: ``quantity``, ``claim``, ``paper`` (a
-    path or None), ``reproduced_if`` and, where wanted, ``same_ordering_if``. A rule begins with a
-    comparison that the measured value is set before, as in ``< 1 - Phi(delta - epsilon)``; it may
-    use ``value``, ``paper``, the run's other quantities and the scalar fields of its config.
-
-    Raises: ResultsError if the entry or a rule is malformed or uses an unknown name.
-    """
-    required = {"quantity", "claim", "paper", "reproduced_if"}
-    missing, extra = required - set(entry), set(entry) - required - {"same_ordering_if"}
-    if missing or extra:
-        raise ResultsError(
-            f"A verdict entry lacks {sorted(missing) or 'nothing'} and has the unknown keys "
-            f"{sorted(extra) or 'none'}: {dict(entry)}."
-        )
-    quantity = entry["quantity"]
-    if results is None or all(row.quantity != quantity for row in results.rows):
-        return NOT_ATTEMPTED
-    if _holds(entry["reproduced_if"], quantity, entry["paper"], results):
-        return REPRODUCED
-    weaker = entry.get("same_ordering_if")
-    if weaker and _holds(weaker, quantity, entry["paper"], results):
-        return SAME_ORDERING
-    return NOT_REPRODUCED
-
-
-def _holds(rule: str, quantity: str, path: str | None, results: Results) -> bool:
-    about = f"The rule {rule!r} for {quantity!r} of {results.name}"
-    if not re.match(r"\s*(<=?|>=?|==|!=)", rule):
-        raise ResultsError(f"{about} must begin with a comparison such as '<' or '>='.")
-    value = results.value(quantity)
-    scalars = {key: x for key, x in results.config.items() if isinstance(x, int | float | str)}
-    names = scalars | {row.quantity: row.value for row in results.rows} | {"value": value}
-    if path is not None:
-        paper = paper_value(path)
-        if paper is not None:
-            names["paper"] = paper
-    evaluator = SimpleEval(names=names, functions={"Phi": standard_normal_cdf, "abs": abs})
-    try:
-        holds = evaluator.eval(f"{value!r} {rule}")
-    except NameNotDefined as error:
-        if error.name == "paper":
-            reason = paper_entry(path).reason if path else "the entry names no paper value"
-            raise ResultsError(f"{about} uses 'paper', but {reason}.") from None
-        raise ResultsError(
-            f"{about} uses the unknown name {error.name!r}; known are {', '.join(sorted(names))}."
-        ) from None
-    except (InvalidExpression, SyntaxError, TypeError, ArithmeticError) as error:
-        raise ResultsError(f"{about} cannot be evaluated: {error}.") from None
-    if not isinstance(holds, bool):
-        raise ResultsError(f"{about} gives {holds!r}, but must be true or false.")
-    return holds
-
-
 def format_ours(row: Row) -> str:
     """Write a row's mean, spread and unit with its number of seeds: ``0.2 ± 0.01 (5 seeds)``."""
     spread = "" if row.sd is None else f" ± {format_number(row.sd)}"
@@ -337,30 +272,53 @@ def format_ours(row: Row) -> str:
     return f"{format_number(row.value)}{spread}{unit} ({seeds})"
 
 
-def comparison(name: str, profile: str | None = None) -> "pd.DataFrame":
-    """Set a run beside its paper: one line for each verdict entry of its config.
+@dataclass(frozen=True)
+class Judged:
+    """One verdict entry of a config with the row that it judges, None where there is none."""
+
+    run: str
+    entry: dict[str, Any]
+    row: Row | None
+    verdict: str
+
+
+def judge(name: str, profile: str | None = None) -> list[Judged]:
+    """Judge a run by each verdict entry of its config.
 
     The entries are those stored with the result, so that a rule counts as it was before the run.
-    A run without results is read from ``configs/`` and every line says "not attempted".
+    A run without results is read from ``configs/`` and every verdict is "not attempted".
 
-    Raises: ResultsError as :func:`read_results` and :func:`verdict` do.
+    Raises: ResultsError as :func:`read_results`, VerdictError as :func:`lib.verdicts.verdict`.
     """
-    import pandas as pd
-
     try:
         results = read_results(name, profile)
         label, entries = f"{name}/{results.profile}", results.config.get("verdict") or []
+        rows = {row.quantity: row for row in results.rows}
+        config = results.config
     except ResultsMissing:
         path = ROOT / "configs" / f"{name}.yaml"
         if not path.is_file():
             raise
-        results, label = None, f"{name}/{profile or current_profile()}"
+        label, rows, config = f"{name}/{profile or current_profile()}", {}, {}
         entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("verdict") or []
+    values = {quantity: row.value for quantity, row in rows.items()}
+    return [
+        Judged(label, entry, rows.get(entry["quantity"]), verdict(entry, values, config, label))
+        for entry in entries
+    ]
+
+
+def comparison(name: str, profile: str | None = None) -> "pd.DataFrame":
+    """Set a run beside its paper: one line for each verdict entry, judged by :func:`judge`."""
+    import pandas as pd
+
     lines = []
-    for entry in entries:
-        quantity, judged = entry["quantity"], verdict(entry, results)
-        ours = "" if judged == NOT_ATTEMPTED else format_ours(results.row(quantity))
-        lines.append((quantity.replace("_", " "), paper_cell(entry["paper"]), ours, judged, label))
+    for judged in judge(name, profile):
+        quantity = judged.entry["quantity"].replace("_", " ")
+        ours = "" if judged.row is None else format_ours(judged.row)
+        lines.append(
+            (quantity, paper_cell(judged.entry["paper"]), ours, judged.verdict, judged.run)
+        )
     frame = pd.DataFrame(lines, columns=list(COLUMNS)).set_index(COLUMNS[0])
     return frame.rename_axis(index=None, columns=COLUMNS[0])  # one header line, no row numbers
 
@@ -381,7 +339,7 @@ def main() -> int:
     """Write the csv of every result and remove those whose result is gone."""
     try:
         texts = tables()
-    except (ConfigError, PaperError, ResultsError) as error:
+    except (ConfigError, PaperError, ResultsError, VerdictError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     TABLES.mkdir(parents=True, exist_ok=True)

@@ -232,7 +232,7 @@ def test_data_without_a_hub_copy_names_the_folder(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("imagenet",), r"no data set 'imagenet'; the known ones are digits, mnist, cifar10"),
+        (("imagenet",), r"no data set 'imagenet'; the known ones are digits, avatars, mnist, cif"),
         (("mnist", "valid"), r"mnist has no split 'valid'; it has train, test"),
         (("digits", "valid"), r"digits has no split 'valid'; it has train, test"),
         (("mnist", "train", 0), r"at least 1, not 0"),

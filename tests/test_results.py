@@ -1,4 +1,4 @@
-"""Results: the schema, whole-folder writing, the verdict rule and the comparison tables."""
+"""Results: the schema, whole-folder writing and the comparison tables."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from lib import results as module
-from lib.papers import PaperError
 from lib.results import (
     COLUMNS,
     ResultsError,
@@ -20,8 +19,6 @@ from lib.results import (
     Row,
     comparison,
     read_results,
-    standard_normal_cdf,
-    verdict,
     write_results,
 )
 
@@ -58,11 +55,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TABLES", tmp_path / "tables")
     monkeypatch.delenv("BOOK_PROFILE", raising=False)
     return tmp_path / "results" / "toy" / "cpu"
-
-
-def with_value(value: float, **config) -> module.Results:
-    row = dataclasses.replace(ROW, value=value)
-    return module.Results("toy", "cpu", None, (row, BASE), CONFIG | config)
 
 
 def test_written_results_are_read_back(folder):
@@ -226,77 +218,6 @@ def test_profile_falls_back_to_cpu_and_says_so(folder, monkeypatch):
         read_results("toy", "paper")
     with pytest.raises(ResultsMissing, match="no results for other/gpu"):
         read_results("other")
-
-
-def test_verdict_follows_the_rule():
-    assert verdict(RULE, with_value(0.0049)) == "reproduced"
-    assert verdict(RULE, with_value(0.005)) == "same ordering"
-    assert verdict(RULE, with_value(0.2)) == "not reproduced"
-    without = {key: value for key, value in RULE.items() if key != "same_ordering_if"}
-    assert verdict(without, with_value(0.005)) == "not reproduced"
-    assert verdict(RULE, None) == "not attempted"
-    assert verdict(RULE | {"quantity": "unmeasured"}, with_value(0.0)) == "not attempted"
-
-
-@pytest.mark.parametrize(
-    ("rule", "value", "holds"),
-    [
-        ("< 1 - Phi(delta - epsilon)", 1.0e-4, True),
-        ("< 1 - Phi(delta - epsilon)", 1.2e-4, False),
-        (">= paper", 7.4e-6, True),
-        (">= paper", 7.3e-6, False),
-        ("> 0.1 and value < 0.3", 0.2, True),
-        ("> 0.1 and value < 0.3", 0.4, False),
-        ("> -0.1", -0.05, True),
-        ("== value and abs(value - share_base) < 0.03", 0.22, True),
-        ("!= 0", 0.0, False),
-        ("<= 1e-7", 1e-7, True),
-    ],
-)
-def test_rules_know_config_quantities_paper_and_phi(rule, value, holds):
-    entry = RULE | {"reproduced_if": rule, "paper": "taming/table_1/4/DF_tamed"}
-    del entry["same_ordering_if"]
-    assert verdict(entry, with_value(value)) == ("reproduced" if holds else "not reproduced")
-
-
-def test_phi_is_the_normal_distribution_function():
-    assert abs(standard_normal_cdf(0.0) - 0.5) < 1e-15
-    assert abs(standard_normal_cdf(1.959963984540054) - 0.975) < 1e-12
-    assert abs(standard_normal_cdf(-4.0) / 3.167124183311986e-05 - 1) < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reproduced_if": "0.1 < 0.2"}, "must begin with a comparison"),
-        ({"reproduced_if": "< sigma"}, "unknown name 'sigma'; known are delta, epsilon"),
-        ({"reproduced_if": "< sizes"}, "unknown name 'sizes'"),
-        ({"reproduced_if": "< open('x')"}, "cannot be evaluated"),
-        ({"reproduced_if": "< "}, "cannot be evaluated"),
-        ({"reproduced_if": "< 'a'"}, "cannot be evaluated"),
-        ({"reproduced_if": "< 1 / 0"}, "cannot be evaluated"),
-        ({"reproduced_if": "< 1 and 3"}, "gives 3, but must be true or false"),
-        ({"reproduced_if": "< paper"}, "uses 'paper', but the entry names no paper value"),
-        (
-            {"reproduced_if": "< paper", "paper": "feature_unlearning/settings/alpha/value"},
-            "uses 'paper', but no source at hand gives it",
-        ),
-        ({"same_order_if": "< 1"}, r"unknown keys \['same_order_if'\]"),
-    ],
-)
-def test_malformed_rules_are_refused(change, message):
-    with pytest.raises(ResultsError, match=message):
-        verdict(RULE | change, with_value(0.01))
-
-
-def test_incomplete_entries_are_refused():
-    with pytest.raises(ResultsError, match=r"lacks \['claim', 'paper', 'reproduced_if'\]"):
-        verdict({"quantity": "share_centre"}, with_value(0.01))
-
-
-def test_wrong_paper_paths_are_refused():
-    with pytest.raises(PaperError, match="fails at 'table_9'"):
-        verdict(RULE | {"paper": "taming/table_9/1/DF_tamed"}, with_value(0.01))
 
 
 def test_comparison_sets_ours_beside_the_paper(folder):

@@ -1,4 +1,4 @@
-"""Images as uint8 arrays: from a local snapshot, the Hugging Face hub, or scikit-learn.
+"""Images as uint8 arrays: a local snapshot, the Hugging Face hub, scikit-learn, or our avatars.
 
 ``load`` looks for ``$BOOK_DATA/<name>/<split>*.parquet`` first, then asks the hub, and otherwise
 says in one sentence how to get the data; it never takes another data set instead. Images are
@@ -67,6 +67,7 @@ ORIGINS = {
     "att_faces64": Origin(None, ("train",), mode="L"),
 }
 DIGITS_SPLITS = ("train", "test")
+AVATAR_SPLITS = ("train", "test", "unseen")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def load(name: str, split: str = "train", size: int | None = None) -> ImageSet:
     Raises: DataError if the name or split is unknown, the data cannot be had, an image cannot be
     decoded, or images differ in size and no ``size`` is given.
     """
-    known = {"digits": DIGITS_SPLITS} | {key: origin.splits for key, origin in ORIGINS.items()}
+    known = {"digits": DIGITS_SPLITS, "avatars": AVATAR_SPLITS}
+    known |= {key: origin.splits for key, origin in ORIGINS.items()}
     if name not in known:
         raise DataError(f"There is no data set {name!r}; the known ones are {', '.join(known)}.")
     if split not in known[name]:
@@ -120,6 +122,10 @@ def load(name: str, split: str = "train", size: int | None = None) -> ImageSet:
     if name == "digits":
         images, labels = _digits(split, size)
         return ImageSet(images, labels, f"digits, scikit-learn{resized}", name, split)
+    if name == "avatars":
+        from lib.data import avatars  # drawn with torch, which the other data sets do not need
+
+        return avatars.load(split, size)
     origin = ORIGINS[name]
     encoded = _from_snapshot(name, split, origin) or _from_hub(name, split, origin)
     images = _decoded(encoded, origin.mode, size, f"{name}-{split}")
@@ -300,18 +306,38 @@ def _decoded(encoded: _Encoded, mode: str, size: int | None, what: str) -> np.nd
     CIFAR-10's 50,000, and two threads gained nothing on either.
     """
     pixels = "original" if size is None else f"{size}x{size}"
-    path = _cache() / f"{what}-{encoded.digest[:16]}-{pixels}-v{_DECODER}.npy"
-    images = _open(path, encoded.n, size, mode)
+    name = f"{what}-{encoded.digest[:16]}-{pixels}-v{_DECODER}.npy"
+    return cached(
+        name, encoded.n, size, mode, lambda path: _decode_all(encoded, mode, size, what, path)
+    )
+
+
+def cached(
+    name: str, n: int, size: int | None, mode: str, fill: Callable[[Path], None]
+) -> np.ndarray:
+    """Map n images of the cache, after ``fill`` has written them where they are not sound."""
+    path = _cache() / name
+    images = _open(path, n, size, mode)
     if images is None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            _decode_all(encoded, mode, size, what, temporary)
+            fill(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        images = _open(path, encoded.n, size, mode)
+        images = _open(path, n, size, mode)
         assert images is not None
     return images
+
+
+def check_space(path: Path, need: int, what: str) -> None:
+    """Raise DataError unless there is room for ``need`` bytes where ``path`` will be."""
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise DataError(
+            f"{what} decoded takes {need / 1e9:.1f} GB but {path.parent} has "
+            f"{free / 1e9:.1f} GB free; give a smaller size or set XDG_CACHE_HOME."
+        )
 
 
 def _open(path: Path, n: int, size: int | None, mode: str) -> np.ndarray | None:
@@ -342,12 +368,7 @@ def _decode_all(encoded: _Encoded, mode: str, size: int | None, what: str, path:
                 raise DataError(f"Image {done} of {what} cannot be decoded: {error}.") from error
             pixels = pixels.reshape(*pixels.shape[:2], len(mode))
             if images is None:
-                need, free = encoded.n * pixels.size, shutil.disk_usage(path.parent).free
-                if need > free:
-                    raise DataError(
-                        f"{what} decoded takes {need / 1e9:.1f} GB but {path.parent} has "
-                        f"{free / 1e9:.1f} GB free; give a smaller size or set XDG_CACHE_HOME."
-                    )
+                check_space(path, encoded.n * pixels.size, what)
                 shape = (encoded.n, *pixels.shape)
                 images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
             if pixels.shape != images.shape[1:]:
