@@ -1,6 +1,8 @@
 """Try to bring a forgotten digit back: by a search over conditions and latents, by fine-tuning."""
 
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ class Config:
 
     The searches minimise the squared error to the first ``n_targets`` real test images of the
     digit; ``restarts`` times as many latents are tried and the best of each is kept.
-    ``fine_tune_images`` are the numbers of real training images of the digit.
+    ``fine_tune_images`` are the numbers of real training images of the digit, each tried for
+    every number of ``fine_tune_steps``.
     """
 
     vae: str
@@ -36,7 +39,7 @@ class Config:
     search_steps: int
     search_lr: float
     fine_tune_images: tuple[int, ...]
-    fine_tune_steps: int
+    fine_tune_steps: tuple[int, ...]
     fine_tune_batch: int
     fine_tune_lr: float
     n_samples: int
@@ -84,18 +87,21 @@ def run(config: Config, run: Run) -> None:
             row(f"error_{way}_{model_name}", errors, "rms a pixel", config.n_targets, data)
             row(f"prob_{way}_{model_name}", probabilities, "probability", config.n_targets, data)
 
-    for n_images in config.fine_tune_images:
+    for n_images, steps in product(config.fine_tune_images, config.fine_tune_steps):
         real = train.first(n_images, config.forget)
         for model_name in ("after", "untrained"):
             values = []
             for seed in config.seeds:
-                part = f"{model_name}-{n_images}-{seed}"
-                tuned = fine_tune(models[model_name], real, config, run, part, seed)
+                part = run.checkpoint(f"{model_name}-{n_images}-{steps}-{seed}")
+                generator = run.generator(seed)
+                tuned = fine_tune(
+                    models[model_name], real, config, steps, generator, part, run.resume
+                )
                 judged = judge_samples(
                     tuned, judge, config.forget, config.n_samples, run.generator(seed)
                 )
                 values.append(judged["prob"])
-            name = f"prob_fine_tuned_{n_images}_{model_name}"
+            name = f"prob_fine_tuned_{n_images}_{steps}_{model_name}"
             row(name, values, "probability", config.n_samples, train.source)
     run.arrays(targets=_levels(targets[:10]), **pictures)
 
@@ -136,27 +142,28 @@ def fine_tune(
     start: ConditionalVAE,
     real: tuple[Tensor, Tensor],
     config: Config,
-    run: Run,
-    part: str,
-    seed: int,
+    steps: int,
+    generator: torch.Generator,
+    checkpoint: Path,
+    resume: bool,
 ) -> ConditionalVAE:
     """Train a copy of ``start`` on a few real images of the forgotten digit alone."""
 
     def step_loss(model: nn.Module, generator) -> tuple[Tensor, dict[str, Tensor]]:
         size = (config.fine_tune_batch,)
-        index = torch.randint(len(real[0]), size, generator=generator, device=run.device)
+        index = torch.randint(len(real[0]), size, generator=generator, device=generator.device)
         loss = -model.elbo(real[0][index], real[1][index], generator).mean()
         return loss, {"negative_elbo": loss.detach()}
 
     return fit(
         copy_of(start),
         step_loss,
-        steps=config.fine_tune_steps,
+        steps=steps,
         lr=config.fine_tune_lr,
-        generator=run.generator(seed),
-        device=run.device,
-        checkpoint=run.checkpoint(part),
-        resume=run.resume,
+        generator=generator,
+        device=generator.device,
+        checkpoint=checkpoint,
+        resume=resume,
     ).model
 
 
