@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def load_checkpoint(name: str, folder: Path = ROOT / "checkpoints") -> nn.Module
     try:
         model.load_state_dict(load(content))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 300)  # a large model's names fill a screen
         raise CheckpointError(
             f"The weights in {path} do not fit {class_name}({entry['arguments']}): {reason}"
         ) from None
