@@ -4,6 +4,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+from torch import Tensor, nn
+
+from lib.train import FUSED_ADAM
+
 ROUNDS, WARM_UP = 40, 5
 
 
@@ -25,3 +30,31 @@ def compare(title: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, f
     for name, value in medians.items():
         print(f"  {name:38s} {value:7.2f} ms {reference / value:6.2f}x")
     return medians
+
+
+class FlowWays:
+    """One library's flow, and what is timed of it: to score, train on and draw a batch."""
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        x: Tensor,
+        log_prob: Callable[[Tensor], Tensor],
+        sample: Callable[[int], Tensor],
+    ):
+        self.x, self.log_prob, self.sample = x, log_prob, sample
+        log_prob(x)  # initialises what the first batch initialises
+        self.adam = FUSED_ADAM(flow.parameters(), lr=1e-4)
+
+    def score(self) -> None:
+        with torch.no_grad():
+            self.log_prob(self.x)
+
+    def train(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+        (-self.log_prob(self.x).mean()).backward()
+        self.adam.step()
+
+    def draw(self) -> None:
+        with torch.no_grad():
+            self.sample(len(self.x))

@@ -9,10 +9,9 @@ Wanted: scoring and training at least as fast as normflows, sampling at least 1.
 
 import normflows
 import torch
-from _compare import compare
+from _compare import FlowWays, compare
 
 from lib.models.glow import Glow, dequantise
-from lib.train import FUSED_ADAM
 
 SHAPE, BLOCKS, FLOWS, HIDDEN, BATCH = (3, 32, 32), 3, 4, 32, 8
 
@@ -32,44 +31,20 @@ def normflows_glow() -> normflows.MultiscaleFlow:
     return normflows.MultiscaleFlow(bases, blocks, merges, class_cond=False)
 
 
-class Ways:
-    """One library's flow with what we time of it."""
-
-    def __init__(self, flow, log_prob, sample):
-        self.flow, self.log_prob, self.sample = flow, log_prob, sample
-        self.adam = FUSED_ADAM(flow.parameters(), lr=1e-4)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (BATCH, *SHAPE), dtype=torch.uint8, generator=generator)
-        self.x = dequantise(images, 5, generator)
-        log_prob(self.x)  # initialises every ActNorm
-
-    def score(self):
-        with torch.no_grad():
-            self.log_prob(self.x)
-
-    def train(self):
-        self.adam.zero_grad(set_to_none=True)
-        (-self.log_prob(self.x).mean()).backward()
-        self.adam.step()
-
-    def draw(self):
-        with torch.no_grad():
-            self.sample(BATCH)
-
-
-def normflows_ways(**layout) -> Ways:
+def normflows_ways(x: torch.Tensor, **layout) -> FlowWays:
     flow = normflows_glow().to(**layout)
-    return Ways(flow, lambda x: flow.log_prob(x, None), lambda n: flow.sample(n)[0])
+    return FlowWays(flow, x, lambda x: flow.log_prob(x, None), lambda n: flow.sample(n)[0])
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    x = dequantise(torch.randint(0, 256, (BATCH, *SHAPE), dtype=torch.uint8), 5)
     ours = Glow(SHAPE, BLOCKS, FLOWS, HIDDEN).to(memory_format=torch.channels_last)
     ways = {
-        "normflows": normflows_ways(),
-        "normflows, channels_last": normflows_ways(memory_format=torch.channels_last),
-        "ours": Ways(ours, ours.log_prob, ours.sample),
+        "normflows": normflows_ways(x),
+        "normflows, channels_last": normflows_ways(x, memory_format=torch.channels_last),
+        "ours": FlowWays(ours, x, ours.log_prob, ours.sample),
     }
     for what in ("score", "train", "draw"):
         title = f"Glow, {what} {BATCH} images of 32×32, 1 CPU thread"

@@ -48,9 +48,8 @@ class Run:
         self.device = pick_device({"cpu": "cpu", "gpu": "cuda", "paper": "cuda"}.get(self.profile))
         self.work_dir = runs / self.name / self.profile
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        self.bf16 = (
-            False  # set by an experiment that passes it to fit, so that rows name the precision
-        )
+        # Set by an experiment that passes it to fit, so that rows name the precision.
+        self.bf16 = False
         self.rows: list[Row] = []
         self._arrays: dict[str, np.ndarray] = {}
         self._figures: dict[str, Any] = {}

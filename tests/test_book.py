@@ -9,6 +9,7 @@ from pathlib import Path
 import chapter_cache
 import pytest
 import yaml
+from page_equations import CITED, LABELLED
 
 from lib import ROOT
 
@@ -26,9 +27,6 @@ FIRST_BOX = re.compile(r"^:::+\{admonition\} Before you run this page$", re.M)
 MAX_CELLS, MAX_LINES, MAX_WORDS = 25, 25, 2500
 MAX_BYTES = 16 * 2**20
 PAPERS = {"TNF": "1_taming_flows", "SA": "2_selective_amnesia", "FU": "3_feature_unlearning"}
-LABEL = r"(?:tnf|sa|fu)-\w+"
-LABELLED = re.compile(rf"^(?::label: |\$\$ \()({LABEL})\)?\s*$", re.M)
-CITED = re.compile(r"Implements (TNF|SA|FU) Eqs?\. ((?:\(\w+\)(?:, | and |, and )?)+)")
 
 CHAPTERS = sorted((ROOT / "chapters").rglob("*.md"))
 BACKGROUND = [path for path in CHAPTERS if path.parent.name == "0_background"]

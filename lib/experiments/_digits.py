@@ -39,6 +39,12 @@ class Digits:
         return unit(self.images[index]), self.labels[index]
 
 
+def mirror_some(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each of the images (n, channels, height, width) with probability 1/2."""
+    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
 def unit(images: Tensor) -> Tensor:
     """Turn uint8 levels 0 to 255 into floats in [0, 1], the range of the VAE and the judges."""
     return images.float().div_(255)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lib.data import load
+from lib.experiments._digits import mirror_some
 
 HELD_OUT_EVERY = 10
 
@@ -65,10 +66,7 @@ class Faces:
         device = generator.device
         index = torch.randint(len(self), (n,), generator=generator, device=device)
         images = self.at(index.cpu().numpy(), device)
-        if not flips:
-            return images
-        mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
-        return torch.where(mirrored, images.flip(3), images)
+        return mirror_some(images, generator) if flips else images
 
     def some(self, n: int, device: torch.device) -> Tensor:
         """Return ``n`` pictures, or all if there are fewer, always the same random choice."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.checkpoints import load_checkpoint
-from lib.experiments._digits import Digits, unit
+from lib.experiments._digits import Digits, mirror_some, unit
 from lib.metrics import forgetting as metrics
 from lib.models.classifier import SmallCNN, predict_logits
 from lib.models.ddpm import ConditionalDDPM, to_signed, to_uint8
@@ -84,8 +84,7 @@ def run(config: Config, run: Run) -> None:
     def step_loss(model: nn.Module, generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = train.batch(config.batch, generator)
         if config.flips:
-            flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+            images = mirror_some(images, generator)
         x0 = to_signed(images)
         loss = model.loss(x0, labels, generator, config.drop, config.reduction).mean()
         return loss, {"simple_loss": loss.detach()}
