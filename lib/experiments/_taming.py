@@ -1,6 +1,6 @@
 """What the experiments that tame Glow on faces share: the base, its crowds, and the measures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.checkpoints import load_checkpoint
+from lib.experiments._digits import unit
 from lib.experiments._faces import Faces
 from lib.methods.taming import (
     KL,
@@ -20,6 +21,8 @@ from lib.methods.taming import (
     nll_statistics,
     tame,
 )
+from lib.metrics.fidelity import extract_features, frechet_distance
+from lib.models.classifier import FaceCNN, predict_logits
 from lib.models.glow import Glow, dequantise, to_uint8
 from lib.results import read_results
 from lib.run import Run
@@ -105,6 +108,49 @@ class Bench:
             drawn = [model.sample(part, temperature, generator) for part in parts]
         return to_uint8(torch.cat(drawn), self.config.n_bits)
 
+    def as_sampled(self, images: Tensor) -> Tensor:
+        """Return uint8 images with the few levels that samples have, to compare like with like."""
+        generator = torch.Generator(images.device).manual_seed(0)
+        return to_uint8(self.prepare(images, generator), self.config.n_bits)
+
+
+class Judge:
+    """A judge of faces; what it sees also says how close samples are to real pictures.
+
+    ``name`` is a checkpoint, or ``random`` for an untrained one that has the ``labels``.
+    """
+
+    def __init__(self, name: str, bench: Bench, labels: Sequence[str]):
+        if name == "random":
+            shape = (bench.train.n_channels, bench.config.size, bench.config.size)
+            self.model = FaceCNN(len(labels), shape, labels)
+        else:
+            self.model = load_checkpoint(name)
+        self.model.to(bench.device).eval()
+        self.name, self.extractor = name, ""
+
+    def called(self, images: Tensor, label: str) -> np.ndarray:
+        """Say which uint8 images are called positive, truth values (n,).
+
+        Raises: ValueError if the judge knows no such label.
+        """
+        if label not in self.model.names:
+            raise ValueError(
+                f"The judge {self.name} does not know {label!r}; it knows "
+                f"{', '.join(self.model.names) or 'identities'}."
+            )
+        logits = predict_logits(self.model, unit(images))
+        return (logits[:, self.model.names.index(label)] > 0).cpu().numpy()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features (n, d) of uint8 images, and note their extractor's name."""
+        features, self.extractor = extract_features(self.model, images, self.name)
+        return features
+
+    def distance(self, samples: Tensor, real: Tensor) -> float:
+        """Return the Fréchet distance of uint8 samples to the :meth:`features` of real images."""
+        return frechet_distance(real, self.features(samples))
+
 
 @dataclass(frozen=True)
 class Person:
@@ -147,6 +193,11 @@ def people(
 def training_seconds(base: str) -> float:
     """Return the time that training a shipped base took; 1 for the untrained one of ``smoke``."""
     return 1.0 if base == "random" else read_results(base).value("training_time")
+
+
+def as_grid(samples: Tensor) -> np.ndarray:
+    """Return uint8 samples (..., channels, height, width) with the channels last, for figures."""
+    return samples.movedim(-3, -1).cpu().numpy()
 
 
 def _prepare(images: Tensor, generator: torch.Generator, n_bits: int) -> Tensor:
