@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from lib.experiments._taming import BaseConfig, Bench, Person, people, training_seconds
+from lib.experiments._taming import BaseConfig, Bench, Judge, Person, people, training_seconds
 from lib.metrics.likelihood import normality
 from lib.models.glow import Glow
 from lib.run import Run
@@ -24,6 +24,8 @@ class Config(BaseConfig):
     ``source`` is ``train`` or ``validation``, the split the people are from; ``label`` numbers
     them. ``n_remember`` pictures of the training set stand for the remember set in the table.
     ``n_as_run`` are the numbers of pictures that are also tamed with the authors' target.
+    ``n_samples`` drawn at ``judged_temperature`` are compared with validation pictures in the
+    features of ``judge``.
     """
 
     source: str
@@ -35,6 +37,9 @@ class Config(BaseConfig):
     n_remember: int
     temperature: float
     n_pairs: int
+    judge: str
+    n_samples: int
+    judged_temperature: float
 
 
 def run(config: Config, run: Run) -> None:
@@ -53,10 +58,11 @@ def run(config: Config, run: Run) -> None:
     for quantity in parts[0]:
         run.row(
             quantity,
-            [float(part[quantity]) for part in parts],
+            values := [float(part[quantity]) for part in parts if quantity in part],
             unit=unit_of(quantity),
-            seeds=range(config.n_people),
+            seeds=range(len(values)),
             n_samples=n_samples(quantity, config),
+            feature_extractor=config.judge if quantity.startswith("frechet") else None,
             **about,
         )
     for name, faces in (("train", bench.train), ("validation", bench.validation)):
@@ -73,14 +79,17 @@ def unit_of(quantity: str) -> str:
         "steps": "iterations",
         "seconds": "s",
         "T_pct": "percent",
-        "bits": "bits per dimension",
+        "crowd_shift": "standard deviations",
+        "crowd_spread": "times",
+        "frechet": "",
     }
     return next((unit for start, unit in units.items() if quantity.startswith(start)), "share")
 
 
 def n_samples(quantity: str, config: Config) -> int:
     """Return the number of pictures that a quantity is the mean of."""
-    pictures = {"DFref": config.n_reference, "DR": config.n_remember, "bits": config.n_crowd}
+    pictures = {"DFref": config.n_reference, "DR": config.n_remember, "crowd": config.n_crowd}
+    pictures["frechet"] = config.n_samples
     name, _, rest = quantity.partition("_")
     return pictures.get(name) or int(re.search(r"\d+", rest)[0])
 
@@ -107,7 +116,8 @@ def one_person(bench: Bench, person: Person, run: Run, keep: bool) -> dict[str, 
                 f"stopped_{n}{suffix}": terms["stopped"],
                 f"seconds_{n}{suffix}": seconds,
                 f"T_pct_{n}{suffix}": 100 * seconds / training_seconds(config.base),
-                f"bits_change_{n}{suffix}": after["mu"] - before["mu"],
+                f"crowd_shift_{n}{suffix}": (after["mu"] - before["mu"]) / before["sigma"],
+                f"crowd_spread_{n}{suffix}": after["sigma"] / before["sigma"],
             }
             if keep and not suffix:
                 histograms.append(crowds(bench, tamed))
@@ -121,6 +131,11 @@ def one_person(bench: Bench, person: Person, run: Run, keep: bool) -> dict[str, 
             bench.samples(model, config.n_pairs, config.temperature, SEED)
             for model in (bench.base, tamed)
         ]
+        judge = Judge(config.judge, bench, ("any",))
+        real = judge.features(bench.validation.some(config.n_samples, bench.device))
+        for name, model in (("base", bench.base), ("tamed", tamed)):
+            drawn = bench.samples(model, config.n_samples, config.judged_temperature, SEED)
+            found[f"frechet_{name}"] = judge.distance(drawn, real)
         found["nll"] = np.stack([crowds(bench, bench.base), *histograms])
         found["pairs"] = torch.stack(pairs).permute(0, 1, 3, 4, 2).cpu().numpy()
     return found
