@@ -90,14 +90,21 @@ class Bench:
         """Tame the base to the end; return the model to keep and its terms."""
         return best_of(self.steps(forget, remember, seed, **changes))
 
+    def scores(self, model: Glow, sets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the bits per dimension of the ``crowd`` and of each set, with the same noise."""
+        generator = torch.Generator(self.device).manual_seed(77)
+        found = {"crowd": self.score(model, self.crowd, generator, 1)}
+        for name, images in sets.items():
+            found[name] = self.score(model, images, generator, self.config.n_draws)
+        return found
+
     def quantiles(self, model: Glow, sets: dict[str, Tensor]) -> dict[str, float]:
         """Return each set's mean likelihood quantile, and mu, sigma and bits of the crowd."""
-        generator = torch.Generator(self.device).manual_seed(77)
-        mu, sigma = nll_statistics(self.score(model, self.crowd, generator, 1))
+        nll = self.scores(model, sets)
+        mu, sigma = nll_statistics(nll["crowd"])
         found = {"mu": float(mu), "sigma": float(sigma)}
-        for name, images in sets.items():
-            nll = self.score(model, images, generator, self.config.n_draws)
-            found[name] = float(likelihood_quantile(nll, mu, sigma).mean())
+        for name in sets:
+            found[name] = float(likelihood_quantile(nll[name], mu, sigma).mean())
         return found
 
     def samples(self, model: Glow, n: int, temperature: float, seed: int) -> Tensor:
@@ -129,18 +136,18 @@ class Judge:
         self.model.to(bench.device).eval()
         self.name, self.extractor = name, ""
 
-    def called(self, images: Tensor, label: str) -> np.ndarray:
-        """Say which uint8 images are called positive, truth values (n,).
+    def share(self, images: Tensor, label: str) -> float:
+        """Return the share of uint8 images that is called positive.
 
         Raises: ValueError if the judge knows no such label.
         """
         if label not in self.model.names:
             raise ValueError(
                 f"The judge {self.name} does not know {label!r}; it knows "
-                f"{', '.join(self.model.names) or 'identities'}."
+                f"{', '.join(self.model.names) or 'no attributes'}."
             )
         logits = predict_logits(self.model, unit(images))
-        return (logits[:, self.model.names.index(label)] > 0).cpu().numpy()
+        return float((logits[:, self.model.names.index(label)] > 0).double().mean())
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features (n, d) of uint8 images, and note their extractor's name."""
