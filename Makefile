@@ -13,6 +13,8 @@ BOOK := .venv/bin/jupyter-book build . --config _config.yml --toc book/_toc.yml
 
 export BOOK_PROFILE := $(PROFILE)
 export PYTHONUTF8 := 1
+# Some machines set this; every process would then compile all of torch's Python anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help
 help: ## list the commands

@@ -7,13 +7,14 @@ The one entry point for anything longer than two CPU minutes. Work in progress l
 import argparse
 import functools
 import hashlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ class Run:
     def checkpoint(self, part: str) -> Path:
         """Return the resumable training file of one part of the run, such as ``seed3``."""
         return self.work_dir / f"{part}.safetensors"
+
+    def part(
+        self, name: str, compute: Callable[[], Mapping[str, float | np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Compute one part of a long run and keep it, so that a resumed run only reads it again.
+
+        Numbers come back as arrays without dimensions.
+        """
+        path = self.work_dir / f"{name}.npz"
+        if not (self.resume and path.is_file()):
+            content = io.BytesIO()
+            np.savez(content, allow_pickle=False, **compute())
+            write_atomically(path, content.getvalue())
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
 
     def row(
         self,

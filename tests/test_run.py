@@ -72,6 +72,22 @@ def test_the_clock_of_a_killed_run_is_that_of_its_checkpoints(tmp_path):
     assert Run(loaded, runs=tmp_path).seconds < 50
 
 
+def test_a_finished_part_is_only_read_again_by_a_resumed_run(tmp_path):
+    loaded, calls = load_config(SMOKE_TWICE, "smoke"), []
+
+    def compute():
+        calls.append(1)
+        return {"number": 0.1, "array": np.arange(3, dtype=np.uint8)}
+
+    first = Run(loaded, runs=tmp_path).part("person0", compute)
+    again = Run(loaded, resume=True, runs=tmp_path).part("person0", compute)
+    assert len(calls) == 1
+    assert float(again["number"]) == float(first["number"]) == 0.1
+    assert again["array"].dtype == np.uint8 and list(again["array"]) == [0, 1, 2]
+    Run(loaded, runs=tmp_path).part("person0", compute)
+    assert len(calls) == 2
+
+
 def test_the_seed_fixes_every_source_of_randomness():
     def drawn():
         generator = seed_everything(3)

@@ -11,6 +11,7 @@ from scipy import stats
 from lib.methods import taming
 from lib.methods.taming import (
     TamingSettings,
+    best_of,
     forget_loss,
     gaussian_kl,
     gaussian_kl_detached_log,
@@ -176,6 +177,65 @@ def test_tame_stops_before_a_step_once_the_rule_is_met():
     assert model.m.item() == 0.0
 
 
+def run_of(**changes):
+    """Tame the shifted normal on fixed sets."""
+    generator = torch.Generator().manual_seed(0)
+    remember = torch.randn(64, generator=generator)
+    changes = {"delta": 4.0, "alpha": 1.0, "lr": 0.05, "max_steps": 40} | changes
+    forget = torch.tensor([0.1])
+    return tame(Shift(), forget, remember, shift_nll, settings(**changes), generator)
+
+
+def test_without_a_stop_rule_every_step_is_made_and_the_last_model_is_kept():
+    steps = list(run_of(epsilon=None))
+    model, terms = best_of(run_of(epsilon=None))
+    assert "distance" not in terms and terms["step"] == 40 == len(steps) - 1
+    assert model.m.item() == steps[-1][0].m.item()
+
+
+def test_a_rule_that_is_never_met_leaves_the_nearest_model_and_says_so():
+    passed = [(float(model.m.detach()), terms) for model, terms in run_of(epsilon=1e-6, lr=0.5)]
+    nearest, wanted = min(passed, key=lambda pair: pair[1]["distance_max"])
+    assert 0 < wanted["step"] < 40  # else the last model would pass too
+    model, terms = best_of(run_of(epsilon=1e-6, lr=0.5))
+    assert terms["stopped"] == 0.0
+    assert (model.m.item(), terms["step"]) == (nearest, wanted["step"])
+
+
+def test_both_models_see_the_same_noise():
+    seen = []
+
+    def nll(model, x):
+        seen.append((id(model), x))
+        return shift_nll(model, x)
+
+    base, remember = Shift(), torch.arange(64.0)
+    noisy = tame(
+        base,
+        torch.tensor([-5.0]),
+        remember,
+        nll,
+        settings(epsilon=None, max_steps=1),
+        torch.Generator().manual_seed(0),
+        prepare=lambda x, generator: x + torch.rand(x.shape, generator=generator),
+    )
+    list(noisy)
+    [of_base] = [x for model, x in seen if model == id(base)]
+    of_tamed = [x for model, x in seen if model != id(base)]
+    assert any(torch.equal(x[-len(of_base) :], of_base) for x in of_tamed)
+    drawn = torch.cat([x for _, x in seen])
+    assert (drawn % 1 > 0).all()
+
+
+@pytest.mark.parametrize("name", taming.REMEMBER_TERMS)
+def test_a_term_left_out_does_not_count(name):
+    base, tamed = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 5.0])
+    full, terms = remember_loss(tamed, base, gamma=0.6)
+    rest, _ = remember_loss(tamed, base, gamma=0.6, without=(name,))
+    weight = 0.4 if name == "average_nll" else 0.6
+    assert (full - rest).item() == pytest.approx(weight * terms[name].item(), rel=1e-5)
+
+
 def test_statistics_are_refreshed_as_often_as_asked():
     def sigmas(refresh_every):
         generator = torch.Generator().manual_seed(0)
@@ -194,6 +254,12 @@ def test_statistics_are_refreshed_as_often_as_asked():
     assert len(set(sigmas(1))) == 6
 
 
+def tame_pictures(shape_of_forget, shape_of_remember):
+    generator = torch.Generator()
+    sets = torch.ones(shape_of_forget), torch.ones(shape_of_remember)
+    next(tame(Shift(), *sets, shift_nll, settings(), generator))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -210,6 +276,9 @@ def test_statistics_are_refreshed_as_often_as_asked():
             ),
             "needs forget and remember images, got 0 and 4",
         ),
+        (lambda: tame_pictures((1, 3, 8, 8), (4, 3, 16, 16)), "load both at the model's size"),
+        (lambda: tame_pictures((1, 3, 8, 8), (4, 3, 8, 8)), "4 of 4 remember images are also"),
+        (lambda: settings(without=("kl",)), "no term kl; it has kl_forward, kl_reverse, average"),
     ],
 )
 def test_bad_input_is_a_sentence(call, sentence):

@@ -1,12 +1,14 @@
 """What the experiments on faces share: pictures by the batch, and who is held out."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data import load
+from lib.data import avatars, load
+from lib.data.images import MISSING, ImageSet
 from lib.experiments._digits import mirror_some
 
 HELD_OUT_EVERY = 10
@@ -17,25 +19,34 @@ class Faces:
     """Pictures that stay uint8, where they are, until a batch of them is asked for.
 
     ``arrays`` are (n, height, width, channels) each; ``rows`` (n, 2) holds array and row of every
-    picture.
+    picture. ``tables`` hold the labels of each array, (n,) each.
     """
 
     arrays: tuple[np.ndarray, ...]
     rows: np.ndarray
     source: str
+    tables: tuple[Mapping[str, np.ndarray], ...] = ()
 
     @classmethod
-    def load(cls, name: str, split: str, size: int, also: tuple[str, ...] = ()) -> "Faces":
+    def load(
+        cls,
+        name: str,
+        split: str,
+        size: int,
+        also: tuple[str, ...] = (),
+        limit: int | None = None,
+    ) -> "Faces":
         """Load a split, joined by the same split of the data sets ``also``.
 
+        With ``limit`` only the first pictures of each are used; avatars beyond are not drawn.
         ``lfw64`` has one split only; see :func:`is_held_out` for its ``train`` and ``held_out``.
         """
         one_split = name == "lfw64"
-        sets = [load(name, "train" if one_split else split, size)]
-        sets += [load(other, split, size) for other in also]
-        chosen = [np.arange(len(data.images)) for data in sets]
+        sets = [_load(name, "train" if one_split else split, size, limit)]
+        sets += [_load(other, split, size, limit) for other in also]
+        chosen = [np.arange(len(data.images[:limit])) for data in sets]
         if one_split:
-            held_out = is_held_out(sets[0].labels["identity"])
+            held_out = is_held_out(sets[0].labels["identity"][:limit])
             chosen[0] = np.flatnonzero(held_out if split == "held_out" else ~held_out)
         rows = [
             np.stack((np.full(len(rows), number), rows), axis=1)
@@ -46,6 +57,7 @@ class Faces:
             rows=np.concatenate(rows),
             source=" + ".join(data.source for data in sets)
             + (f", identities {split}" if one_split else ""),
+            tables=tuple(data.labels for data in sets),
         )
 
     def __len__(self) -> int:
@@ -56,6 +68,28 @@ class Faces:
         """Return the channels of a picture."""
         return self.arrays[0].shape[3]
 
+    def labels(self, name: str) -> np.ndarray:
+        """Return a label of every picture, int64 (n,) in the order of ``rows``.
+
+        It is ``MISSING`` in a data set that does not have the label.
+        Raises: ValueError if none of them has it.
+        """
+        if not any(name in table for table in self.tables):
+            known = sorted({label for table in self.tables for label in table})
+            raise ValueError(
+                f"{self.source} has no label {name!r}; it has {', '.join(known) or 'none'}."
+            )
+        found = np.full(len(self), MISSING, dtype=np.int64)
+        for number, table in enumerate(self.tables):
+            here = self.rows[:, 0] == number
+            if name in table:
+                found[here] = table[name][self.rows[here, 1]]
+        return found
+
+    def where(self, keep: np.ndarray) -> "Faces":
+        """Return the pictures for which ``keep`` (n,) holds, with their labels."""
+        return replace(self, rows=self.rows[keep])
+
     def at(self, index: np.ndarray, device: torch.device) -> Tensor:
         """Return the pictures at ``index`` as uint8 (n, channels, height, width)."""
         images = np.stack([self.arrays[number][row] for number, row in self.rows[index]])
@@ -63,16 +97,27 @@ class Faces:
 
     def batch(self, n: int, generator: torch.Generator, flips: bool) -> Tensor:
         """Draw ``n`` pictures with replacement, each mirrored with probability 1/2 if ``flips``."""
+        return self.drawn(n, generator, flips)[0]
+
+    def drawn(self, n: int, generator: torch.Generator, flips: bool) -> tuple[Tensor, np.ndarray]:
+        """Draw a :meth:`batch`, and say which pictures (n,) it holds."""
         device = generator.device
-        index = torch.randint(len(self), (n,), generator=generator, device=device)
-        images = self.at(index.cpu().numpy(), device)
-        return mirror_some(images, generator) if flips else images
+        index = torch.randint(len(self), (n,), generator=generator, device=device).cpu().numpy()
+        images = self.at(index, device)
+        return (mirror_some(images, generator) if flips else images), index
 
     def some(self, n: int, device: torch.device) -> Tensor:
         """Return ``n`` pictures, or all if there are fewer, always the same random choice."""
         # numpy promises to keep this legacy stream of random numbers as it is.
         order = np.random.RandomState(0).permutation(len(self))
         return self.at(order[:n], device)
+
+
+def _load(name: str, split: str, size: int, limit: int | None) -> ImageSet:
+    """Load a data set; avatars that a limit leaves out are not even drawn."""
+    if name == "avatars" and limit is not None:
+        return avatars.load(split, size, limit)
+    return load(name, split, size)
 
 
 def is_held_out(identity: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ same distance in bits per dimension. The authors' code uses bits per dimension.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 NLL = Callable[[nn.Module, Tensor], Tensor]
 KL = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Prepare = Callable[[Tensor, torch.Generator], Tensor]
+Step = tuple[nn.Module, dict[str, float]]
+REMEMBER_TERMS = ("kl_forward", "kl_reverse", "average_nll")
 
 
 def average_nll(nll: Tensor) -> Tensor:
@@ -132,11 +135,16 @@ def gaussian_kl_detached_log(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_
 
 
 def remember_loss(
-    nll_tamed: Tensor, nll_base: Tensor, gamma: float, kl: KL = gaussian_kl
+    nll_tamed: Tensor,
+    nll_base: Tensor,
+    gamma: float,
+    kl: KL = gaussian_kl,
+    without: Collection[str] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Keep the NLL distribution of the remember batch where the base model had it.
 
-    Implements TNF Eq. (12). The forward KL is KL(base || tamed).
+    Implements TNF Eq. (12). The forward KL is KL(base || tamed). Terms named in ``without`` are
+    computed but do not count, as in the paper's ablation.
 
     Shapes: both NLLs (batch,), of the same images; returns a scalar and its terms.
     """
@@ -146,8 +154,9 @@ def remember_loss(
         "kl_reverse": kl(*tamed, *base),
         "average_nll": average_nll(nll_tamed),
     }
-    both_kls = terms["kl_forward"] + terms["kl_reverse"]
-    return gamma * both_kls + (1.0 - gamma) * terms["average_nll"], terms
+    kept = {name: 0.0 if name in without else value for name, value in terms.items()}
+    both_kls = kept["kl_forward"] + kept["kl_reverse"]
+    return gamma * both_kls + (1.0 - gamma) * kept["average_nll"], terms
 
 
 def taming_loss(forget: Tensor, remember: Tensor, alpha: float) -> Tensor:
@@ -162,11 +171,13 @@ def taming_loss(forget: Tensor, remember: Tensor, alpha: float) -> Tensor:
 class TamingSettings:
     """The knobs of Algorithm 1; the defaults are the paper's, the batch its code's.
 
-    ``offset`` moves the target of the loss beyond the threshold; the authors' runs had 0.3.
+    ``offset`` moves the target beyond the threshold; the authors' runs had 0.3. ``epsilon`` None
+    leaves out the stop rule, as their runs on attributes do. ``without`` names terms of the
+    remember loss that do not count; alpha 1 leaves out all of it.
     """
 
     delta: float = 4.0
-    epsilon: float = 0.3
+    epsilon: float | None = 0.3
     alpha: float = 0.6
     gamma: float = 0.6
     lr: float = 5e-5
@@ -176,8 +187,14 @@ class TamingSettings:
     statistics_images: int = 1024
     offset: float = 0.0
     max_steps: int = 300
+    without: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if unknown := set(self.without) - set(REMEMBER_TERMS):
+            raise ValueError(
+                f"The remember loss has no term {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(REMEMBER_TERMS)}."
+            )
         if self.delta <= 0:
             raise ValueError(f"delta must be positive, got {self.delta}; the paper uses 4.")
         if not 0 <= self.alpha <= 1 or not 0 <= self.gamma <= 1:
@@ -194,19 +211,23 @@ def tame(
     settings: TamingSettings,
     generator: torch.Generator,
     kl: KL = gaussian_kl,
-) -> Iterator[tuple[nn.Module, dict[str, float]]]:
-    """Tame a copy of ``base``; yield the model and the step's terms after every step.
+    prepare: Prepare = lambda images, generator: images,
+) -> Iterator[Step]:
+    """Tame a copy of ``base``; yield the model and the step's terms before every step.
 
-    Algorithm 1 of the paper. ``nll(model, x)`` returns (batch,). The last pair has ``stopped``
+    Algorithm 1 of the paper. What is forgotten depends on the sets alone: the pictures of a person,
+    those with an attribute, or, to have more of an attribute, those without it.
+    ``nll(model, x)`` returns (batch,). ``prepare`` makes its input from the images that were
+    drawn, once for both models: for Glow it is the dequantisation. The last pair has ``stopped``
     set to 1.0 if the stop rule (9) was met; it is tested on all of ``forget`` before each step.
 
-    Shapes: ``forget`` and ``remember`` (n, ...), as the model takes them.
-    Raises: ValueError if one of the sets is empty.
+    The model is one object that the next step changes; see :func:`best_of` for the result of all.
+
+    Shapes: ``forget`` and ``remember`` (n, ...), as ``prepare`` takes them.
+    Raises: ValueError if one of the sets is empty, their images differ in shape, or an image is in
+    both.
     """
-    if len(forget) == 0 or len(remember) < 2:
-        raise ValueError(
-            f"Taming needs forget and remember images, got {len(forget)} and {len(remember)}."
-        )
+    _check_sets(forget, remember)
     tamed = copy.deepcopy(base)
     optimizer = torch.optim.Adam(tamed.parameters(), lr=settings.lr, fused=True)
     target = settings.delta + settings.offset
@@ -214,24 +235,29 @@ def tame(
         if step % settings.refresh_every == 0:
             with torch.no_grad():
                 subset = draw(remember, settings.statistics_images, generator)
-                mu_r, sigma_r = nll_statistics(nll(tamed, subset))
-        with torch.no_grad():
-            distance_all = signed_distance(nll(tamed, forget), mu_r, sigma_r, target)
-        stopped = threshold_met(distance_all, settings.epsilon)
-        terms = {"step": step, "mu_r": float(mu_r), "sigma_r": float(sigma_r)}
-        terms |= {"distance": float(distance_all.mean()), "stopped": float(stopped)}
-        if stopped or step == settings.max_steps:
+                mu_r, sigma_r = nll_statistics(nll(tamed, prepare(subset, generator)))
+        terms = {"step": step, "mu_r": float(mu_r), "sigma_r": float(sigma_r), "stopped": 0.0}
+        if settings.epsilon is not None:
+            with torch.no_grad():
+                nll_all = nll(tamed, prepare(forget, generator))
+            distance_all = signed_distance(nll_all, mu_r, sigma_r, target)
+            terms["stopped"] = float(threshold_met(distance_all, settings.epsilon))
+            terms["distance"] = float(distance_all.mean())
+            terms["distance_max"] = float(distance_all.abs().max())
+        if terms["stopped"] or step == settings.max_steps:
             yield tamed, terms
             return
 
-        x_forget = draw(forget, settings.batch_forget, generator)
-        x_remember = draw(remember, settings.batch_remember, generator)
-        distance = signed_distance(nll(tamed, x_forget), mu_r, sigma_r, target)
-        loss_forget = forget_loss(distance, sigma_r)
+        x_forget = prepare(draw(forget, settings.batch_forget, generator), generator)
+        x_remember = prepare(draw(remember, settings.batch_remember, generator), generator)
+        # One pass of both batches costs less than two.
+        nll_both = nll(tamed, torch.cat((x_forget, x_remember)))
+        nll_forget, nll_remember = nll_both.split((len(x_forget), len(x_remember)))
+        loss_forget = forget_loss(signed_distance(nll_forget, mu_r, sigma_r, target), sigma_r)
         with torch.no_grad():
             nll_base = nll(base, x_remember)
         loss_remember, remember_terms = remember_loss(
-            nll(tamed, x_remember), nll_base, settings.gamma, kl
+            nll_remember, nll_base, settings.gamma, kl, settings.without
         )
         total = taming_loss(loss_forget, loss_remember, settings.alpha)
         terms |= {"forget": loss_forget.item(), "remember": loss_remember.item()}
@@ -243,9 +269,43 @@ def tame(
         optimizer.step()
 
 
+def best_of(steps: Iterable[Step]) -> Step:
+    """Go through all steps of :func:`tame`; return the model to keep, with its terms.
+
+    That is the one which met the stop rule. Where none did, it is the one whose farthest forget
+    image was nearest to the threshold, with ``stopped`` 0; where the rule is not tested, the last.
+    """
+    best, best_terms = None, {"distance_max": float("inf")}
+    for model, terms in steps:
+        if terms["stopped"] or "distance_max" not in terms:
+            best, best_terms = model, terms
+        elif terms["distance_max"] < best_terms["distance_max"]:
+            best, best_terms = copy.deepcopy(model), terms
+    return best, best_terms
+
+
 def draw(images: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw ``n`` images without replacement, or return all of them if there are no more."""
     if len(images) <= n:
         return images
     order = torch.randperm(len(images), generator=generator, device=generator.device)
     return images[order[:n].to(images.device)]
+
+
+def _check_sets(forget: Tensor, remember: Tensor) -> None:
+    if len(forget) == 0 or len(remember) < 2:
+        raise ValueError(
+            f"Taming needs forget and remember images, got {len(forget)} and {len(remember)}."
+        )
+    if forget.shape[1:] != remember.shape[1:]:
+        raise ValueError(
+            f"The forget images have the shape {tuple(forget.shape[1:])} and the remember images "
+            f"{tuple(remember.shape[1:])}; load both at the model's size."
+        )
+    forgotten = {image.tobytes() for image in forget.detach().cpu().numpy()}
+    both = sum(image.tobytes() in forgotten for image in remember.detach().cpu().numpy())
+    if both:
+        raise ValueError(
+            f"{both} of {len(remember)} remember images are also to be forgotten, which pulls the "
+            "model both ways; take them out of the remember set."
+        )
