@@ -22,6 +22,7 @@ from lib.run import Run
 
 SEED = 0
 SHOWN = ("far", "near", "own")  # whose samples are kept
+KEPT = (*SHOWN, "trained", "control")  # whose likelihoods are kept, after those of the base
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,18 @@ def run(config: Config, run: Run) -> None:
     """Tame with each remember set and number of pictures; report quantiles and distances."""
     bench = Bench(config, run)
     judge = Judge(config.judge, bench, ("any",))
+    real = judge.features(bench.as_sampled(bench.crowd))
     sets = remember_sets(bench)
-    plan = {str(n): ("far", n, {}) for n in config.n_forget}
+    sizes = {n: "far" if n == config.n_main else f"far_{n}" for n in config.n_forget}
+    plan = {name: ("far", n, {}) for n, name in sizes.items()}
     plan |= {name: (name, config.n_main, {}) for name in ("near", "own", "trained")}
     plan["control"] = ("far", config.n_main, {"alpha": 0.0})
     bases = {
-        name: run.part(f"base_{name}", partial(measure, bench, judge, bench.base, one))
+        name: run.part(f"base_{name}", partial(measure, bench, judge, real, bench.base, one))
         for name, one in sets.items()
     }
     tamed = {
-        name: run.part(name, partial(one_taming, bench, judge, sets[source], n, **changes))
+        name: run.part(name, partial(one_taming, bench, judge, real, sets[source], n, **changes))
         for name, (source, n, changes) in plan.items()
     }
     report = partial(report_row, bench, judge, run)
@@ -85,26 +88,26 @@ def run(config: Config, run: Run) -> None:
         report(f"shift_remember_{name}", shift(bases[name], remembered), len(remembered))
     for name, (source, n, _) in plan.items():
         before, after = bases[source], tamed[name]
-        for kind, part in (("base", before), ("forget", after)):
-            for crowd in ("remember", "train"):
-                suffix = "" if crowd == "remember" else "_train"
-                report(f"quantile_{kind}{suffix}_{name}", quantile(part, crowd, n), n)
+        of = n if name in sizes.values() else name
+        for crowd, suffix in (("remember", ""), ("train", "_train")):
+            report(f"quantile_base{suffix}_{of}", quantile(before, crowd, n), n)
+            report(f"quantile_forget{suffix}_{of}", quantile(after, crowd, n), n)
         report(f"shift_train_{name}", shift(before, after["nll_train"]), len(after["nll_train"]))
         report(f"frechet_{name}", float(after["frechet"]), config.n_judged)
-    main = {"far": str(config.n_main)} | {
-        name: name for name in ("near", "own", "trained", "control")
+    curves = {
+        "quantile_base": [quantile(bases["far"], "remember", n) for n in sizes],
+        "quantile": [quantile(tamed[name], "remember", n) for n, name in sizes.items()],
+        "quantile_train": [quantile(tamed[name], "train", n) for n, name in sizes.items()],
     }
-    shown = [bases["far"], *(tamed[name] for name in main.values())]
+    shown = [bases["far"], *(tamed[name] for name in KEPT)]
     run.arrays(
         n_forget=np.array(config.n_forget),
-        quantile_base=np.array([quantile(bases["far"], "remember", n) for n in config.n_forget]),
-        quantile=np.array([quantile(tamed[str(n)], "remember", n) for n in config.n_forget]),
-        quantile_train=np.array([quantile(tamed[str(n)], "train", n) for n in config.n_forget]),
+        **{name: np.array(curve) for name, curve in curves.items()},
         **{
             f"nll_{what}": np.stack([part[f"nll_{what}"][:n] for part in shown]).astype(np.float16)
             for what, n in (("train", None), ("remember", None), ("forget", config.n_main))
         },
-        **{f"samples_{name}": tamed[main[name]]["samples"] for name in SHOWN},
+        **{f"samples_{name}": tamed[name]["samples"] for name in SHOWN},
     )
 
 
@@ -173,7 +176,7 @@ def two_sets(bench: Bench, faces: Faces) -> Sets:
 
 
 def one_taming(
-    bench: Bench, judge: Judge, sets: Sets, n_forget: int, **changes
+    bench: Bench, judge: Judge, real: Tensor, sets: Sets, n_forget: int, **changes
 ) -> dict[str, float | np.ndarray]:
     """Forget the first pictures; return :func:`measure` and samples of equal latents.
 
@@ -184,15 +187,16 @@ def one_taming(
     for tamed, terms in bench.steps(sets.forget, sets.remember, SEED, **changes):
         if terms["step"] in config.shown_at:
             shown.append(bench.samples(tamed, config.n_shown, config.temperature, SEED))
-    return measure(bench, judge, tamed, sets) | {"samples": as_grid(torch.stack(shown))}
+    return measure(bench, judge, real, tamed, sets) | {"samples": as_grid(torch.stack(shown))}
 
 
 def measure(
-    bench: Bench, judge: Judge, model: nn.Module, sets: Sets
+    bench: Bench, judge: Judge, real: Tensor, model: nn.Module, sets: Sets
 ) -> dict[str, float | np.ndarray]:
     """Return bits per dimension (n,) of three sets, and how far samples are from real pictures.
 
-    The noise in the pictures, and the latents of the samples, are the same for every model.
+    ``real`` are the judge's features of real pictures. The noise in the pictures, and the latents
+    of the samples, are the same for every model.
     """
     config: Config = bench.config
     generator = torch.Generator(bench.device).manual_seed(77)
@@ -206,5 +210,4 @@ def measure(
         for name, (images, draws) in scored.items()
     }
     samples = bench.samples(model, config.n_judged, config.temperature, SEED)
-    real = judge.features(bench.as_sampled(bench.crowd))
     return found | {"frechet": judge.distance(samples, real)}
