@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -58,7 +57,6 @@ class Bench:
         self.train = Faces.load(config.data, "train", config.size)
         self.validation = Faces.load(config.data, config.validation, config.size)
         self.crowd = self.validation.some(config.n_crowd, self.device)
-        self.prepare = partial(_prepare, n_bits=config.n_bits)
         if config.base == "random":
             self.base = Glow((self.train.n_channels, config.size, config.size), 2, 2, 8)
             self.base.initialise(self.prepare(self.crowd.cpu(), torch.Generator().manual_seed(0)))
@@ -66,6 +64,10 @@ class Bench:
         else:
             self.base = load_checkpoint(config.base).to(self.device)
         self.base.eval()
+
+    def prepare(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Turn uint8 images into the model's input, with fresh dequantisation noise."""
+        return dequantise(images, self.config.n_bits, generator)
 
     def nll(self, model: Glow, x: Tensor) -> Tensor:
         """Return bits per dimension (n,), the unit of the authors' code, a chunk at a time."""
@@ -205,7 +207,3 @@ def training_seconds(base: str) -> float:
 def as_grid(samples: Tensor) -> np.ndarray:
     """Return uint8 samples (..., channels, height, width) with the channels last, for figures."""
     return samples.movedim(-3, -1).cpu().numpy()
-
-
-def _prepare(images: Tensor, generator: torch.Generator, n_bits: int) -> Tensor:
-    return dequantise(images, n_bits, generator)

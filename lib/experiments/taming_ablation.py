@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from lib.experiments._taming import BaseConfig, Bench, Judge, people
+from lib.experiments._taming import BaseConfig, Bench, Judge, as_grid, people
 from lib.methods.taming import (
     draw,
     gaussian_kl,
@@ -103,7 +103,6 @@ class Measures:
         mu, sigma = nll_statistics(nll["crowd"])
         samples = self.samples(model)
         change = (samples.float() - self.base_samples.float()).abs().mean()
-        shown = samples[: config.n_latents].permute(0, 2, 3, 1)
         return {
             "bits_per_dim": float(mu),
             "sigma": float(sigma),
@@ -111,7 +110,7 @@ class Measures:
             "frechet": self.judge.distance(samples, self.real),
             "change": float(change),
             "nll": nll["crowd"].cpu().numpy().astype(np.float16),
-            "samples": shown.cpu().numpy(),
+            "samples": as_grid(samples[: config.n_latents]),
         }
 
 

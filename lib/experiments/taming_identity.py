@@ -6,8 +6,17 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lib.experiments._taming import BaseConfig, Bench, Judge, Person, people, training_seconds
+from lib.experiments._taming import (
+    BaseConfig,
+    Bench,
+    Judge,
+    Person,
+    as_grid,
+    people,
+    training_seconds,
+)
 from lib.metrics.likelihood import normality
 from lib.models.glow import Glow
 from lib.run import Run
@@ -47,11 +56,16 @@ def run(config: Config, run: Run) -> None:
     bench = Bench(config, run)
     source = {"train": bench.train, "validation": bench.validation}[config.source]
     about = {"data": source.source, "preprocessing": f"{config.n_bits} bits, {config.size} px"}
+    judge = Judge(config.judge, bench, ("any",))
+    real = judge.features(bench.as_sampled(bench.validation.some(config.n_samples, run.device)))
     group = people(
         bench, source, config.label, config.n_people, max(config.n_forget), config.n_reference
     )
     parts = [
-        run.part(f"person{index}", partial(one_person, bench, person, run, index == 0))
+        run.part(
+            f"person{index}",
+            partial(one_person, bench, person, run, None if index else (judge, real)),
+        )
         for index, person in enumerate(group)
     ]
     run.arrays(n_forget=np.array(config.n_forget), **{name: parts[0].pop(name) for name in KEPT})
@@ -62,7 +76,7 @@ def run(config: Config, run: Run) -> None:
             unit=unit_of(quantity),
             seeds=range(len(values)),
             n_samples=n_samples(quantity, config),
-            feature_extractor=config.judge if quantity.startswith("frechet") else None,
+            feature_extractor=judge.extractor if quantity.startswith("frechet") else None,
             **about,
         )
     for name, faces in (("train", bench.train), ("validation", bench.validation)):
@@ -94,8 +108,14 @@ def n_samples(quantity: str, config: Config) -> int:
     return pictures.get(name) or int(re.search(r"\d+", rest)[0])
 
 
-def one_person(bench: Bench, person: Person, run: Run, keep: bool) -> dict[str, float | np.ndarray]:
-    """Tame the base for one person; ``keep`` adds the arrays that the figures show."""
+def one_person(
+    bench: Bench, person: Person, run: Run, judged: tuple[Judge, Tensor] | None
+) -> dict[str, float | np.ndarray]:
+    """Tame the base for one person.
+
+    ``judged``, a judge with its features of real pictures, adds how far samples are from them, and
+    the arrays that the figures show.
+    """
     config: Config = bench.config
     remember = bench.train.some(config.n_remember, run.device)
     found, histograms = {}, []
@@ -119,25 +139,24 @@ def one_person(bench: Bench, person: Person, run: Run, keep: bool) -> dict[str, 
                 f"crowd_shift_{n}{suffix}": (after["mu"] - before["mu"]) / before["sigma"],
                 f"crowd_spread_{n}{suffix}": after["sigma"] / before["sigma"],
             }
-            if keep and not suffix:
+            if judged and not suffix:
                 histograms.append(crowds(bench, tamed))
     control, _ = bench.tame(
         person.forget, person.remember, SEED, alpha=0.0, epsilon=None, max_steps=terms["step"]
     )
     after = bench.quantiles(control, sets)
     found |= {f"{name}_control_{n}": after[name] for name in sets}
-    if keep:
+    if judged:
+        judge, real = judged
         pairs = [
             bench.samples(model, config.n_pairs, config.temperature, SEED)
             for model in (bench.base, tamed)
         ]
-        judge = Judge(config.judge, bench, ("any",))
-        real = judge.features(bench.validation.some(config.n_samples, bench.device))
         for name, model in (("base", bench.base), ("tamed", tamed)):
             drawn = bench.samples(model, config.n_samples, config.judged_temperature, SEED)
             found[f"frechet_{name}"] = judge.distance(drawn, real)
         found["nll"] = np.stack([crowds(bench, bench.base), *histograms])
-        found["pairs"] = torch.stack(pairs).permute(0, 1, 3, 4, 2).cpu().numpy()
+        found["pairs"] = as_grid(torch.stack(pairs))
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.experiments._taming import BaseConfig, Bench, people
+from lib.experiments._taming import BaseConfig, Bench, as_grid, people
 from lib.methods.taming import Step, draw, likelihood_quantile, nll_statistics
 from lib.models.glow import Glow
 from lib.run import Run
@@ -90,7 +90,7 @@ class OnePerson:
         return {name: np.float32(value.item()) for name, value in numbers.items()} | {
             "crowd": histogram(nll["crowd"], self.edges),
             "forget": nll["forget"].cpu().numpy(),
-            "samples": samples.permute(0, 2, 3, 1).cpu().numpy(),
+            "samples": as_grid(samples),
         }
 
 
