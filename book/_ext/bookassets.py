@@ -164,10 +164,20 @@ def add_colab_link(app, pagename, templatename, context, doctree):
             )
 
 
+def mend_roles(app, pagename, templatename, context, doctree):
+    """Make the entries of a bibliography items of their list, which screen readers then announce.
+
+    Sphinx puts entries of the deprecated role doc-biblioentry into an element of the role list.
+    """
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def setup(app):
     app.connect("config-inited", set_up_pages, priority=900)
     app.connect("env-before-read-docs", check_pages)
     app.connect("html-page-context", add_colab_link, priority=600)
+    app.connect("html-page-context", mend_roles)
     app.connect("build-finished", audit, priority=900)
     app.add_js_file("explorer.js", loading_method="defer")
     app.add_css_file("explorer.css")
