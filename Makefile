@@ -65,6 +65,10 @@ run: profile ## train and measure: make run RUN=name [PROFILE=gpu] [RESUME=1]
 tables: .venv/installed ## rewrite the tables of paper versus ours from results/
 	$(PYTHON) -m lib.results
 
+.PHONY: exercises
+exercises: .venv/installed ## write the chapters without solutions, as notebooks, for a class
+	$(PYTHON) -m lib.exercises
+
 .PHONY: bench
 bench: .venv/installed ## time the library against its peers
 	@for file in benchmarks/[!_]*.py; do $(PYTHON) "$$file"; done

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import page_deviations
 import page_equations
+import page_planning
 import page_scoreboard
 import page_status
 from docutils import nodes
@@ -26,6 +27,9 @@ WITHOUT_ARGUMENT: dict[str, Callable[[Path], str]] = {
     "scoreboard-counts": page_scoreboard.counts_table,
     "own-claims": page_scoreboard.own_claims,
     "deviation-counts": page_deviations.counts,
+    "planning-estimates": page_planning.estimates,
+    "planning-assumptions": page_planning.assumptions,
+    "planning-measured": page_planning.measured_steps,
     "chapter-times": page_status.chapter_times,
     "versions": page_status.versions,
     "machine": page_status.machine,

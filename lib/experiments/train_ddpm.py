@@ -8,28 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.checkpoints import load_checkpoint
-from lib.experiments._digits import Digits, mirror_some, unit
-from lib.metrics import forgetting as metrics
-from lib.models.classifier import SmallCNN, predict_logits
-from lib.models.ddpm import ConditionalDDPM, to_signed, to_uint8
+from lib.experiments._diffusion import Measures, Sampling, draw, judged_others, load_judge
+from lib.experiments._digits import Digits, mirror_some
+from lib.models.ddpm import ConditionalDDPM, to_signed
 from lib.run import Run, seed_everything
 from lib.train import cosine, fit
 
-SCORE_BATCH = SAMPLE_BATCH = 100
+SCORE_BATCH = 100
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Sampling):
     """Data, network, schedule, and what is measured.
 
-    ``without`` lists classes that are left out of the training and of the measurements.
+    ``without`` may name one class that is left out of the training and of the measurements; what
+    the model shows for that class is measured too, on ``n_samples`` of it, and how well it knows
+    the others, on ``n_remember`` of each beside ``n_real`` real images.
     ``channels`` to ``patch`` are arguments of :class:`ConditionalDDPM`. ``drop`` is the share of
     null classes in training; ``reduction`` is that of the loss over pixels, which matters to
     ``grad_clip`` alone. ``warmup`` is the share of the steps in which the learning rate rises,
     before it falls along a cosine; 0 keeps it constant.
     ``judge`` is a shipped classifier, ``random`` an untrained one, null none. ``n_samples`` are
-    drawn for it with ``guidance``, in ``sample_steps`` steps with ``eta``.
+    drawn for it.
     ``ship`` is false where the weights are too large for it; they stay in the run's own checkpoint.
     """
 
@@ -53,14 +53,21 @@ class Config:
     judge: str | None
     n_test: int
     n_samples: int
-    guidance: float
-    sample_steps: int
-    eta: float
+    n_remember: int = 0
+    n_real: int = 0
     splits: tuple[str, ...] = ("train",)
     without: tuple[int, ...] = ()
     flips: bool = False
     bf16: bool = False
     ship: bool = True
+
+    def __post_init__(self):
+        if len(self.without) > 1 or (self.without and not (self.n_remember and self.n_real)):
+            raise ValueError(
+                f"The classes left out are {list(self.without)}, with n_remember "
+                f"{self.n_remember} and n_real {self.n_real}; leave out one class at most, and "
+                "say how many samples and real images of each other class to compare"
+            )
 
 
 def run(config: Config, run: Run) -> None:
@@ -107,6 +114,12 @@ def run(config: Config, run: Run) -> None:
     model = run.ship(run.name, trained.model, arguments) if config.ship else trained.model
     score(model, test, config, run)
     judge_samples(model, train.labels.unique(), config, run)
+    for absent in config.without:
+        measures = Measures(config, absent, model.image_shape, model.n_classes, run)
+        found = measures.of(model, config.seed)
+        run.arrays(samples_of_each=found["grid"])
+        measures.report_real()
+        measures.report(f"without_{absent}", [found], [config.seed])
     run.arrays(
         loss_step=np.array([line["step"] for line in trained.history]),
         loss=np.array([line["simple_loss"] for line in trained.history]),
@@ -147,22 +160,14 @@ def judge_samples(model: ConditionalDDPM, classes: Tensor, config: Config, run: 
     """Draw samples of the classes in turn, keep the first hundred, and ask the judge."""
     c = classes.repeat(-(-config.n_samples // len(classes)))[: config.n_samples]
     generator, start = run.generator(config.seed + 2), time.perf_counter()
-    samples = torch.cat(
-        [
-            to_uint8(
-                model.sample(part, config.guidance, config.sample_steps, generator, config.eta)
-            )
-            for part in c.split(SAMPLE_BATCH)
-        ]
-    )
+    samples = draw(model, c, config, generator)
     about = {"n_samples": len(samples), "data": "samples of the model", "seeds": [config.seed]}
     per_hundred = (time.perf_counter() - start) * 100 / len(samples)
     run.row("seconds_per_100_samples", per_hundred, unit="s", **about)
     run.arrays(samples=samples[:100].permute(0, 2, 3, 1).cpu().numpy())
     if config.judge is None:
         return
-    judge = SmallCNN() if config.judge == "random" else load_checkpoint(config.judge)
-    logits = predict_logits(judge.to(run.device), unit(samples))
+    judge = load_judge(config.judge, run.device)
     about |= {"unit": "share", "feature_extractor": config.judge}
-    run.row("sample_accuracy", metrics.accuracy(logits, c), **about)
-    run.row("sample_prob", float(logits.softmax(1).gather(1, c[:, None]).mean()), **about)
+    for quantity, value in judged_others(judge, samples, c).items():
+        run.row(quantity.replace("remember", "sample"), value, **about)
