@@ -107,7 +107,7 @@ def test_a_whole_guided_trajectory_equals_diffusers(tiny):
         for t in scheduler.timesteps:
             with_class, without = (tiny.unet(x, t, k).sample for k in (c, null))
             noise = without + 3.0 * (with_class - without)  # their guidance scale is w + 1
-            x = scheduler.step(noise, t, x).prev_sample
+            x = scheduler.step(noise, t, x, use_clipped_model_output=True).prev_sample
     ours = tiny.sample(c, 2.0, 8, torch.Generator().manual_seed(5))
     assert difference(ours, x.clamp(-1, 1)) < 1e-5
 

@@ -74,7 +74,9 @@ def ddim_error(t: int, t_next: int, eta: float, clip: bool) -> float:
     scheduler = precise(DDIMScheduler(T, **LINEAR, clip_sample=clip))
     scheduler.set_timesteps(T // (t - t_next))
     x, noise, fresh = (drawn(4, 3, 5, 5, seed=seed) for seed in range(3))
-    theirs = scheduler.step(noise, t, x, eta=eta, variance_noise=fresh).prev_sample
+    theirs = scheduler.step(
+        noise, t, x, eta=eta, variance_noise=fresh, use_clipped_model_output=clip
+    ).prev_sample
     return difference(ddim_step(x, noise, t, t_next, NoiseSchedule(), eta, fresh, clip), theirs)
 
 
@@ -93,11 +95,12 @@ def test_ddim_steps_equal_diffusers(steps):
     assert ddim_steps(T, 7)[0] == T - 1 and len(set(ddim_steps(T, 999))) == 999
 
 
-def test_ddim_with_eta_1_and_all_steps_is_ancestral():
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_with_eta_1_and_all_steps_is_ancestral(clip):
     schedule, x = NoiseSchedule(20), drawn(2, 5).double()
     paths = (
-        ddim_path(wavy, x, schedule, 20, 1.0, torch.Generator().manual_seed(3)),
-        ancestral_path(wavy, x, schedule, torch.Generator().manual_seed(3)),
+        ddim_path(wavy, x, schedule, 20, 1.0, torch.Generator().manual_seed(3), clip),
+        ancestral_path(wavy, x, schedule, torch.Generator().manual_seed(3), clip),
     )
     one, other = (last(path) for path in paths)
     assert difference(one, other) < 1e-9

@@ -93,10 +93,14 @@ def ddim_step(
 
     ``eta`` scales the standard deviation of what is drawn anew: at 0 nothing is, at 1 and with
     ``t_next`` = t - 1 the step is :func:`ancestral_step`.
+    ``clip`` holds the predicted data in [-1, 1] and takes for the noise what is then left of x_t:
+    noise and data that do not make x_t together would lead guided samples astray.
     """
     share, after = schedule.share_left(t), schedule.share_left(t_next)
     sigma = eta * math.sqrt((1 - after) / (1 - share) * (1 - share / after))
     x0 = predict_clean(x, noise, t, schedule, clip)
+    if clip:
+        noise = (x - math.sqrt(share) * x0) / math.sqrt(1 - share)
     kept = math.sqrt(max(1 - after - sigma**2, 0.0))
     return math.sqrt(after) * x0 + kept * noise + sigma * fresh
 
