@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load, save
 from torch import nn
 
-from lib import ROOT
+from lib import ROOT, distributed
 
 MAX_BYTES = 16 * 2**20
 
@@ -22,7 +22,12 @@ class CheckpointError(RuntimeError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to a temporary name beside ``path``, then rename it."""
+    """Write ``content`` to a temporary name beside ``path``, then rename it.
+
+    Of several processes only the main one writes; see :mod:`lib.distributed`.
+    """
+    if not distributed.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -2,6 +2,11 @@
 
 The one entry point for anything longer than two CPU minutes. Work in progress lives in
 ``.runs/<name>/<profile>/``; a finished run writes ``results/<name>/<profile>/`` in one go.
+
+On several GPUs, of one machine or more that share a file system:
+``accelerate launch -m lib.run configs/NAME.yaml --profile paper``. Each process then draws batches
+of the config's size, so that the effective batch is that times the processes, and computes the
+rest like the others; the main one alone writes and prints.
 """
 
 import argparse
@@ -11,6 +16,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -22,10 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import ROOT
+from lib import ROOT, distributed
 from lib.checkpoints import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
 from lib.config import PROFILES, ConfigError, Loaded, current_profile, load_config
 from lib.data import DataError
+from lib.distributed import ProcessError
 from lib.memory import keep_freed_memory
 from lib.results import ResultsError, Row, write_results
 from lib.train import Interrupted, TrainingError, has_fast_bf16, pick_device, trained_seconds
@@ -46,9 +53,12 @@ class Run:
         self.name, self.profile = loaded.name, loaded.profile
         self.resolved = {"name": loaded.name, "profile": loaded.profile, **loaded.resolved}
         self.resume = resume
-        self.device = pick_device({"cpu": "cpu", "gpu": "cuda", "paper": "cuda"}.get(self.profile))
+        self.device = distributed.start(device_of(self.profile))
         self.work_dir = runs / self.name / self.profile
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            for half_written in self.work_dir.glob(".*.tmp"):  # by a process that was killed
+                half_written.unlink()
         # Set by an experiment that passes it to fit, so that rows name the precision.
         self.bf16 = False
         self.rows: list[Row] = []
@@ -91,6 +101,7 @@ class Run:
             content = io.BytesIO()
             np.savez(content, allow_pickle=False, **compute())
             write_atomically(path, content.getvalue())
+            distributed.wait()
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
 
@@ -149,6 +160,7 @@ class Run:
         save_checkpoint(
             name, model, arguments, f"{self.name}/{self.profile}", current_commit(), folder
         )
+        distributed.wait()
         return load_checkpoint(name, folder).to(self.device)
 
     def pause_clock(self) -> None:
@@ -159,7 +171,8 @@ class Run:
         """Write the results; those of the smoke profile go into the work folder."""
         results = self.work_dir / "results" if self.profile == "smoke" else ROOT / "results"
         folder = results / self.name / self.profile
-        write_results(folder, self.resolved, self.rows, self._arrays, self._figures)
+        if distributed.is_main():
+            write_results(folder, self.resolved, self.rows, self._arrays, self._figures)
         return folder
 
 
@@ -175,13 +188,23 @@ def execute(loaded: Loaded, resume: bool = False, runs: Path = ROOT / ".runs") -
     return run
 
 
+def device_of(profile: str) -> torch.device:
+    """Return the device that a profile asks for; the smoke profile takes what there is.
+
+    Raises: TrainingError if it is a GPU and there is none.
+    """
+    return pick_device({"cpu": "cpu", "gpu": "cuda", "paper": "cuda"}.get(profile))
+
+
 def describe_device(device: torch.device, bf16: bool = False) -> str:
-    """Name the device and the precision of training, as in ``2 CPU cores, float32``."""
+    """Name the devices of all processes and the precision, as in ``2 CPU cores, float32``."""
     precision = "bf16" if bf16 and has_fast_bf16(device) else "float32"
+    n_processes = distributed.n_processes()
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {precision}"
-    threads = torch.get_num_threads()
-    return f"{threads} CPU core{'s' if threads > 1 else ''}, {precision}"
+        times = f"{n_processes} × " if n_processes > 1 else ""
+        return f"{times}{torch.cuda.get_device_name(device)}, {precision}"
+    cores = n_processes * torch.get_num_threads()
+    return f"{cores} CPU core{'s' if cores > 1 else ''}, {precision}"
 
 
 @functools.cache
@@ -199,29 +222,71 @@ def current_commit() -> str:
     return commit + ("+changes" if changed else "")
 
 
+def _end_with_a_sentence(signum, frame) -> None:
+    """Answer the launcher, which ends all processes of this machine when one of them fails."""
+    signal.signal(signum, signal.SIG_IGN)
+    raise ProcessError(
+        f"Process {distributed.rank()} was told to end, as the launcher does when another process "
+        "failed or was killed; see what that one said, and go on with --resume."
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line; print one sentence instead of a traceback for known errors."""
+    status = _main(arguments)
+    if distributed.n_processes() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to say
+        if status == 0:
+            distributed.stop()
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.run", description=__doc__)
     parser.add_argument("config", help="a name such as toy_taming, or its file in configs/")
     parser.add_argument("--profile", choices=PROFILES, help="default: BOOK_PROFILE, else cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) // n_local),
+        help="CPU threads of a process",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=distributed.TIMEOUT_S,
+        help="seconds after which a process gives up waiting for another",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     try:
         loaded = load_config(Path(options.config).stem, options.profile or current_profile())
+        distributed.start(device_of(loaded.profile), options.timeout)
+        if distributed.n_processes() > 1:
+            signal.signal(signal.SIGTERM, _end_with_a_sentence)
         run = execute(loaded, options.resume)
-    except (CheckpointError, ConfigError, DataError, ResultsError, TrainingError) as error:
+    except (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ProcessError,
+        ResultsError,
+        TrainingError,
+    ) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if distributed.is_main():
+            print(stop, file=sys.stderr)
         return 130
-    for row in run.rows:
+    for row in run.rows if distributed.is_main() else ():
         spread = "" if row.sd is None else f" ± {row.sd:.3g}"
         print(f"{row.quantity:40s} {row.value:.6g}{spread} {row.unit}")
-    print(f"{loaded.name} ({run.profile}) took {run.seconds:.0f} s.")
+    if distributed.is_main():
+        print(f"{loaded.name} ({run.profile}) took {run.seconds:.0f} s.")
     return 0
 
 

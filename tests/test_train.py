@@ -127,6 +127,28 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_a_sentence(tmp_path):
         run(4, path, resume=True)
 
 
+def test_a_step_takes_the_mean_over_streams():
+    options = {"optimizer": torch.optim.SGD, "ema_decay": None, "grad_clip": None, "lr": 0.1}
+    raw, result = run(1, streams=3, log_every=1, **options)
+    first = torch.Generator().manual_seed(1)
+    seeds = torch.randint(2**63 - 1, (2,), generator=first).tolist()
+    by_hand = build()
+    losses = [
+        regression(by_hand, generator)[0]
+        for generator in (first, *(torch.Generator().manual_seed(seed) for seed in seeds))
+    ]
+    mean = torch.stack(losses).mean()
+    gradients = torch.autograd.grad(mean, list(by_hand.parameters()))
+    assert len({loss.item() for loss in losses}) == 3
+    assert result.history[0]["total"] == pytest.approx(mean.item(), rel=1e-6)
+    roots = [loss.item() ** 0.5 for loss in losses]
+    assert result.history[0]["error"] == pytest.approx(sum(roots) / 3, rel=1e-6)
+    for after, before, gradient in zip(
+        raw.parameters(), by_hand.parameters(), gradients, strict=True
+    ):
+        torch.testing.assert_close(after, before - 0.1 * gradient)
+
+
 def test_cuda_asked_for_and_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrainingError, match="no usable GPU; use the cpu profile"):

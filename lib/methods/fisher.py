@@ -3,10 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+
+from lib import distributed
 
 PerSampleLoss = Callable[..., Tensor]
 
@@ -30,6 +33,9 @@ def diagonal_fisher(
     cheap as one ordinary backward pass. All other parameters take ``chunk`` per-sample gradients
     at a time; ``linear_identity=False`` sends linear layers that way too.
 
+    Several processes all get the same ``batches`` and the same result; each computes its share of
+    them, so there should be at least as many batches as processes.
+
     Returns one non-negative tensor a parameter, by name, shaped like it.
     Raises: ValueError if there are no samples, if the loss is not one finite value a sample, if
     batch norm is in training mode, or if a linear layer does not see exactly one row a sample.
@@ -42,14 +48,16 @@ def diagonal_fisher(
         if parameter.requires_grad
     }
     n_samples = 0
-    for batch in batches:
+    for batch in islice(batches, distributed.rank(), None, distributed.n_processes()):
         if linear:
             _add_linear(sums, model, linear, per_sample_loss, batch, verify=n_samples == 0)
         if others:
             _add_per_sample(sums, model, others, per_sample_loss, batch, chunk)
         n_samples += len(batch[0])
+    (n_samples,) = distributed.total([n_samples])
     if n_samples == 0:
         raise ValueError("The Fisher information got no samples; give at least one batch.")
+    distributed.add_up(list(sums.values()))
     return {name: total / n_samples for name, total in sums.items()}
 
 

@@ -8,9 +8,12 @@ same distance in bits per dimension. The authors' code uses bits per dimension.
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from lib import distributed
 
 NLL = Callable[[nn.Module, Tensor], Tensor]
 KL = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -223,6 +226,9 @@ def tame(
 
     The model is one object that the next step changes; see :func:`best_of` for the result of all.
 
+    Several processes that all call this with the same arguments share the work of the statistics
+    and of the stop rule, which need no gradient and are most of it; their models stay equal.
+
     Shapes: ``forget`` and ``remember`` (n, ...), as ``prepare`` takes them.
     Raises: ValueError if one of the sets is empty, their images differ in shape, or an image is in
     both.
@@ -230,16 +236,17 @@ def tame(
     _check_sets(forget, remember)
     tamed = copy.deepcopy(base)
     optimizer = torch.optim.Adam(tamed.parameters(), lr=settings.lr, fused=True)
+    shared_nll = partial(distributed.by_share, partial(nll, tamed))
     target = settings.delta + settings.offset
     for step in range(settings.max_steps + 1):
         if step % settings.refresh_every == 0:
             with torch.no_grad():
                 subset = draw(remember, settings.statistics_images, generator)
-                mu_r, sigma_r = nll_statistics(nll(tamed, prepare(subset, generator)))
+                mu_r, sigma_r = nll_statistics(shared_nll(prepare(subset, generator)))
         terms = {"step": step, "mu_r": float(mu_r), "sigma_r": float(sigma_r), "stopped": 0.0}
         if settings.epsilon is not None:
             with torch.no_grad():
-                nll_all = nll(tamed, prepare(forget, generator))
+                nll_all = shared_nll(prepare(forget, generator))
             distance_all = signed_distance(nll_all, mu_r, sigma_r, target)
             terms["stopped"] = float(threshold_met(distance_all, settings.epsilon))
             terms["distance"] = float(distance_all.mean())
@@ -266,6 +273,8 @@ def tame(
         yield tamed, terms
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        # Equal but for rounding, which would let the processes drift apart and stop at other steps.
+        distributed.average([p.grad for p in tamed.parameters() if p.grad is not None])
         optimizer.step()
 
 
