@@ -11,7 +11,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from _compare import compare
+from _compare import compare, record
 from torch import Tensor
 
 from lib.config import load_config
@@ -66,14 +66,15 @@ def main() -> None:
                 layer.forward = MethodType(grouped, layer)
         z = ours.generator.draw_latents(4)
         torch.testing.assert_close(reference.generator(z), ours.generator(z), rtol=1e-3, atol=1e-3)
+        what = f"{name}, one training step on {batch} images, 1 CPU thread"
         medians = compare(
-            f"{name}, one training step on {batch} images, 1 CPU thread",
+            what,
             {
                 "grouped convolutions": training_step(reference, batch),
                 "ours": training_step(ours, batch),
             },
         )
-        print(f"  {1e3 * batch / medians['ours']:.0f} images a second")
+        record(what, "ours", 1e3 * batch / medians["ours"], "images/s")
 
 
 if __name__ == "__main__":
