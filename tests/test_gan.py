@@ -11,10 +11,9 @@ from torch import nn
 from lib.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from lib.config import load_config
 from lib.experiments import _latents
-from lib.experiments._latents import DigitJudge, Pictures, draw, load_judge, seen_by
+from lib.experiments._latents import Pictures, draw, load_judge, seen_by
 from lib.metrics.fidelity import inception_score
 from lib.models import gan as gan_module
-from lib.models.classifier import SmallCNN
 from lib.models.ddpm import to_uint8
 from lib.models.gan import (
     GAIN,
@@ -356,14 +355,6 @@ def test_inception_score_of_known_answers():
     for bad in (torch.zeros(0, 3), torch.zeros(3, 1), torch.zeros(3), torch.full((3, 3), math.nan)):
         with pytest.raises(ValueError, match="give finite ones of shape"):
             inception_score(bad)
-
-
-def test_a_digit_judge_shows_its_features():
-    torch.manual_seed(0)
-    judge = SmallCNN().eval()
-    shown, x = DigitJudge(judge).eval(), torch.rand(3, 1, 28, 28)
-    assert torch.equal(shown(x), judge(x)) and shown.features(x).shape == (3, 50)
-    assert load_judge("classifier_mnist", (1, 28, 28), torch.device("cpu")).training is False
 
 
 def test_larger_images_are_averaged_to_the_judges_size():

@@ -53,24 +53,6 @@ class Pictures:
         return self.images[torch.from_numpy(order).to(self.images.device)]
 
 
-class DigitJudge(nn.Module):
-    """Give a digit judge ``features``: what its last layer is linear in."""
-
-    def __init__(self, judge: nn.Sequential):
-        super().__init__()
-        self.image_shape = judge.image_shape
-        *body, self.head = judge
-        self.body = nn.Sequential(*body)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the features (batch, n) of images in [0, 1]."""
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (batch, n_classes)."""
-        return self.head(self.features(x))
-
-
 @torch.no_grad()
 def draw(
     sample: Callable[[int, torch.Generator], Tensor], n: int, generator: torch.Generator
@@ -120,11 +102,9 @@ def report_fidelity(
 
 
 def load_judge(name: str, image_shape: torch.Size, device: torch.device) -> nn.Module:
-    """Load a shipped classifier that has ``features``, or build an untrained one, ``random``."""
-    if name == "random":
-        return FaceCNN(10, image_shape).to(device)
-    judge = load_checkpoint(name).to(device)
-    return judge if hasattr(judge, "features") else DigitJudge(judge).eval()
+    """Load a shipped classifier, or build an untrained one, ``random``."""
+    judge = FaceCNN(10, image_shape) if name == "random" else load_checkpoint(name)
+    return judge.to(device).eval()
 
 
 def seen_by(judge: nn.Module, images: Tensor) -> Tensor:
