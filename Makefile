@@ -70,8 +70,8 @@ exercises: .venv/installed ## write the chapters without solutions, as notebooks
 	$(PYTHON) -m lib.exercises
 
 .PHONY: bench
-bench: .venv/installed ## time the library against its peers
-	@for file in benchmarks/[!_]*.py; do $(PYTHON) "$$file"; done
+bench: .venv/installed ## time the library against its peers, into book/tables/benchmarks.json
+	$(PYTHON) benchmarks/_all.py
 
 .PHONY: clean
 clean: ## remove the built book, the executed chapters and caches; .venv stays

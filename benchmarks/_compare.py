@@ -1,8 +1,9 @@
-"""What the benchmarks share: time several ways in turns, and print them side by side."""
+"""What the benchmarks share: time several ways in turns, and set them side by side."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,32 @@ from lib.train import FUSED_ADAM
 ROUNDS, WARM_UP = 40, 5
 
 
+@dataclass(frozen=True)
+class Line:
+    """One way of doing something: its value, and how many times as good as the reference it is."""
+
+    what: str
+    way: str
+    value: float
+    unit: str
+    ratio: float | None = None
+
+
+LINES: list[Line] = []  # of this process, for the one table that `make bench` makes
+
+
+def record(*line) -> None:
+    """Keep and print a :class:`Line`."""
+    found = Line(*line)
+    if not LINES or LINES[-1].what != found.what:
+        print(found.what)
+    LINES.append(found)
+    ratio = "" if found.ratio is None else f"{found.ratio:6.2f}x"
+    print(f"  {found.way:38s} {found.value:9.2f} {found.unit} {ratio}")
+
+
 def compare(title: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Print and return the median CPU milliseconds of each way; the first is the reference.
+    """Record and return the median CPU milliseconds of each way; the first is the reference.
 
     Every round times each way once, so that a slow phase of the machine hits all of them.
     """
@@ -26,9 +51,8 @@ def compare(title: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, f
                 times[name].append(1e3 * (time.process_time() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = next(iter(medians.values()))
-    print(title)
     for name, value in medians.items():
-        print(f"  {name:38s} {value:7.2f} ms {reference / value:6.2f}x")
+        record(title, name, value, "ms", reference / value)
     return medians
 
 

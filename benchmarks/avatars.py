@@ -9,6 +9,7 @@ import argparse
 import time
 
 import torch
+from _compare import record
 
 from lib.data import avatars
 
@@ -36,10 +37,8 @@ def main() -> None:
             times.append(cpu_seconds(lambda some=some: avatars.render(*some)))
             products.append(cpu_seconds(lambda: [numbers * numbers for _ in range(20)]) / 20)
         mean, best = n * len(times) / sum(times), n / min(times)
-        print(
-            f"{size:3d}×{size:<3d} {mean:7.0f} a second, best {best:7.0f}; "
-            f"a product {1e6 * min(products):5.1f} µs"
-        )
+        what = f"avatars of {size}×{size}, 1 CPU thread, a product {1e6 * min(products):.0f} µs"
+        record(what, f"ours, best {best:.0f}", mean, "images/s")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import time
 
 import torch
+from _compare import record
 
 from lib.methods.fisher import diagonal_fisher
 from lib.models.cvae import ConditionalVAE
@@ -67,11 +68,11 @@ def main() -> None:
     rows[f"ours, all {options.samples} samples"] = seconds, identity(model, part)
 
     slowest = next(iter(rows.values()))[0]
-    print(f"diagonal Fisher, {sum(p.numel() for p in model.parameters())} parameters, 1 CPU thread")
-    print(f"{'way':36s} {'seconds':>9s} {'speed':>7s}   largest difference from the loop")
+    n_parameters = sum(p.numel() for p in model.parameters())
     for name, (seconds, values) in rows.items():
         worst = max(float((values[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
-        print(f"{name:36s} {seconds:9.2f} {slowest / seconds:6.1f}x   {worst:.1e} (relative)")
+        what = f"diagonal Fisher, {n_parameters} parameters, 1 CPU thread"
+        record(what, f"{name}, {worst:.0e} off", seconds, "s", slowest / seconds)
 
 
 if __name__ == "__main__":

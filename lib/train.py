@@ -317,6 +317,13 @@ class _State:
             for key, value in groups["optimizer"].items():
                 index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = value
+            # The fused kernels walk over memory: moments must lie as their channels_last weights.
+            weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+            for index, named in moments.items():
+                for name, value in named.items():
+                    if value.shape == weights[index].shape:
+                        like = torch.empty_like(weights[index], dtype=value.dtype)
+                        named[name] = like.copy_(value)
             packed = self.optimizer.state_dict()
             self.optimizer.load_state_dict({**packed, "state": moments})
             states = groups["generator"]

@@ -12,7 +12,6 @@ from lib.config import load_config
 from lib.experiments import _amnesia_ddpm, amnesia_ddpm
 from lib.experiments._amnesia_ddpm import Memory, fisher_of, forget, signed_noise
 from lib.experiments._diffusion import (
-    PenultimateLayer,
     RealImages,
     arguments_of,
     draw,
@@ -22,7 +21,7 @@ from lib.experiments._diffusion import (
     stretch,
 )
 from lib.experiments._digits import Digits
-from lib.models.classifier import SmallCNN, predict_logits
+from lib.models.classifier import SmallCNN
 from lib.models.ddpm import ConditionalDDPM, to_signed
 from lib.run import Run
 
@@ -177,12 +176,8 @@ def test_real_images_are_compared_in_the_features_of_the_judge():
     digits = Digits.load("digits", "train", 28, CPU)
     torch.manual_seed(0)
     judge = SmallCNN().eval()
-    layer = PenultimateLayer(judge)
-    x = digits.images[:7].float() / 255
-    with torch.no_grad():
-        torch.testing.assert_close(judge[-1](layer.features(x)), predict_logits(judge, x))
     real = RealImages(judge, "some judge", digits, range(1, 10), n_real=20, n_samples=10)
-    assert real.extractor.startswith("some judge (PenultimateLayer, 50 features of 1×28×28")
+    assert real.extractor.startswith("some judge (SmallCNN, 50 features of 1×28×28")
     same = torch.cat([digits.images[digits.labels == c][:10] for c in range(1, 10)])
     found = real.compare(same)
     assert found["precision"] == found["recall"] == 1.0

@@ -17,6 +17,14 @@ from lib.models.classifier import ARCHITECTURES, FaceCNN, predict_logits
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_linear_in_the_features(name):
+    torch.manual_seed(0)
+    judge, x = ARCHITECTURES[name](10).eval(), torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(judge[-1](judge.features(x)), judge(x))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("n_classes", [10, 11])
 def test_judges_learn_ten_images_by_heart(name, n_classes):
     torch.manual_seed(0)

@@ -330,6 +330,23 @@ def test_equations_tell_what_is_missing(book):
     assert "[lib/toy.py:2](https://x.org/r/blob/main/lib/toy.py#L2)" in page
 
 
+def test_benchmarks_show_the_last_table_or_say_how_to_make_it(tmp_path):
+    with pytest.raises(PageError, match="make it with `make bench`"):
+        page_status.benchmarks(tmp_path)
+    lines = [
+        {"what": "a step", "way": "theirs", "value": 2.0, "unit": "ms", "ratio": 1.0},
+        {"what": "a step", "way": "ours", "value": 1.0, "unit": "ms", "ratio": 2.0},
+        {"what": "pictures", "way": "ours", "value": 9.0, "unit": "images/s", "ratio": None},
+    ]
+    about = {"machine": "M", "versions": {"torch": "1"}, "commit": "abc", "date": "2000-01-01"}
+    path = tmp_path / "book/tables/benchmarks.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(about | {"lines": lines}))
+    page = page_status.benchmarks(tmp_path)
+    assert "2000-01-01 at commit `abc` on M, with torch 1" in page
+    assert page.count("a step") == 1 and "2.00×" in page and "images/s" in page
+
+
 def test_status_reports_what_is_there(book):
     book.run("toy", CENTRE, centre=0.05, edge=2.0)
     book.config("planned")

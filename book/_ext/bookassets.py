@@ -1,9 +1,9 @@
 """Keep the book readable from a USB stick, and refuse to build it when it is not.
 
-Copies MathJax into the book, adds the slider's script and style, puts launch links where a
-repository is known, and warns (which fails `make book`, as it builds with -W) about what a stock
-Jupyter Book lets through without a word: assets from the network, pages nobody listed, pages left
-over from an earlier build, and live widgets, which render as nothing.
+Copies MathJax into the book, adds scripts and styles of slider and selector, puts launch links
+where a repository is known, and warns (which fails `make book`, as it builds with -W) about what a
+stock Jupyter Book lets through without a word: assets from the network, pages nobody listed, pages
+left over from an earlier build, and live widgets, which render as nothing.
 """
 
 import re
@@ -179,6 +179,7 @@ def setup(app):
     app.connect("html-page-context", add_colab_link, priority=600)
     app.connect("html-page-context", mend_roles)
     app.connect("build-finished", audit, priority=900)
-    app.add_js_file("explorer.js", loading_method="defer")
-    app.add_css_file("explorer.css")
+    for name in ("explorer", "selector"):
+        app.add_js_file(f"{name}.js", loading_method="defer")
+        app.add_css_file(f"{name}.css")
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

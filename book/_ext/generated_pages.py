@@ -33,6 +33,7 @@ WITHOUT_ARGUMENT: dict[str, Callable[[Path], str]] = {
     "chapter-times": page_status.chapter_times,
     "versions": page_status.versions,
     "machine": page_status.machine,
+    "benchmarks": page_status.benchmarks,
     "runs": page_status.runs,
 }
 WITH_ARGUMENT: dict[str, Callable[[Path, str], str]] = {

@@ -1,15 +1,16 @@
-"""The status page: times of the chapters, versions, machine, and runs with their results."""
+"""The status page: times of chapters, versions, machine, benchmarks, runs with their results."""
 
 import importlib.metadata
-import os
+import json
 import platform
 from pathlib import Path
 
 import chapter_cache
 import chapter_reference
-from page_text import chapters, count, table
+from page_text import PageError, chapters, count, table
 
 from lib import results
+from lib.machine import cores, memory, processor
 from lib.papers import format_number
 from lib.results import read_results
 
@@ -52,32 +53,38 @@ def versions(root: Path) -> str:
 
 def machine(root: Path) -> str:
     """Describe the machine that built the pages."""
-    cores = os.cpu_count() or 0
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     rows = [
-        ["Processor", _processor()],
-        ["Cores", str(cores or "unknown")],
-        ["Memory", _memory()],
+        ["Processor", processor()],
+        ["Cores", str(cores())],
+        ["Memory", memory()],
         ["System", f"{platform.system()}, {platform.machine()}"],
         ["Profile", chapter_cache.profile()],
     ]
     return table(["Part", "This machine"], rows, [30, 70], "machine")
 
 
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text("utf8", "replace").splitlines() if file.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or "unknown"
+def benchmarks(root: Path) -> str:
+    """Show the last committed table of ``make bench``, with its machine and versions.
 
-
-def _memory() -> str:
+    Raises: PageError if there is none or it cannot be read.
+    """
+    path = root / "book/tables/benchmarks.json"
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return "unknown"
-    return f"{total / 2**30:.0f} GiB"
+        found = json.loads(path.read_text("utf8"))
+        lines = found["lines"]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        made = f"Made on {found['date']} at commit `{found['commit']}` on {found['machine']}"
+        rows, above = [], None
+        for line in lines:
+            what = line["what"] if line["what"] != above else ""
+            above = line["what"]
+            ratio = "" if line["ratio"] is None else f"{line['ratio']:.2f}×"
+            value = f"{format_number(line['value'])} {line['unit']}"
+            rows.append([what, line["way"], value, ratio])
+    except (OSError, ValueError, KeyError) as error:
+        raise PageError(f"{path} cannot be shown ({error}); make it with `make bench`.") from error
+    head = ["What", "Way", "Value", "Against the first"]
+    return f"{made}, with {versions}.\n\n" + table(head, rows, [38, 28, 18, 16], "benchmarks")
 
 
 def runs(root: Path) -> str:

@@ -129,19 +129,6 @@ def judged_others(judge: nn.Module, samples: Tensor, c: Tensor) -> dict[str, flo
     }
 
 
-class PenultimateLayer(nn.Module):
-    """Give a judge that is a plain sequence of layers the features before its last layer."""
-
-    def __init__(self, judge: nn.Sequential):
-        super().__init__()
-        self.body, self.image_shape = nn.Sequential(*list(judge)[:-1]), judge.image_shape
-        self.eval()
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the input (batch, d) of the judge's last layer."""
-        return self.body(x)
-
-
 class RealImages:
     """Real images of some classes as a judge sees them, equally many a class.
 
@@ -160,8 +147,7 @@ class RealImages:
         n_samples: int,
         change: Callable[[Tensor], Tensor] = lambda images: images,
     ):
-        self.judge = judge if hasattr(judge, "features") else PenultimateLayer(judge)
-        self.name, self.change = name, change
+        self.judge, self.name, self.change = judge, name, change
         self.train, self.extractor = self._features(first_of_each(train, classes, n_real))
         self.as_many, _ = self._features(first_of_each(train, classes, n_samples))
         self.about = (

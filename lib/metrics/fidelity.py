@@ -6,6 +6,7 @@ with a name, which goes into the ``feature_extractor`` of the rows, and the dist
 FID unless :func:`inception` is the extractor.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,25 @@ def precision_recall(
     return PrecisionRecall(
         precision=_share_inside(fake, real, k, chunk), recall=_share_inside(real, fake, k, chunk)
     )
+
+
+def inception_score(logits: Tensor) -> float:
+    """Return how sure a judge is of each image and how varied its answers are, as one number.
+
+    It is exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016), between 1 and the number of classes. The
+    published score has the classes of ImageNet; name the judge with any other.
+
+    Shapes: ``logits`` (n, n_classes).
+    Raises: ValueError if there are no logits, fewer than two classes, or they are not finite.
+    """
+    if logits.ndim != 2 or not len(logits) or logits.shape[1] < 2 or not logits.isfinite().all():
+        raise ValueError(
+            f"Got logits of shape {tuple(logits.shape)}; give finite ones of shape (n, n_classes) "
+            "of a judge that tells at least two classes."
+        )
+    log_p = logits.double().log_softmax(1)
+    log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
+    return float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
 
 
 class Inception(nn.Module):

@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-DIGIT = (1, 28, 28)
+
+class DigitJudge(nn.Sequential):
+    """A judge of digits: a plain sequence of layers, the last of which is linear."""
+
+    image_shape = (1, 28, 28)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the logits are linear in (batch, n), of images in [0, 1]."""
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
 
 
-class SmallCNN(nn.Sequential):
+class SmallCNN(DigitJudge):
     """Judge a digit as Heng & Soh (2023) do: two convolutions (10, 20), batch norm and dropout."""
-
-    image_shape = DIGIT
 
     def __init__(self, n_classes: int = 10, dropout: float = 0.5):
         _check(n_classes, dropout)
@@ -39,10 +47,8 @@ class SmallCNN(nn.Sequential):
         )
 
 
-class LeNet(nn.Sequential):
+class LeNet(DigitJudge):
     """Judge a digit with LeNet-5 (LeCun et al. 1998), with ReLU units and max pooling."""
-
-    image_shape = DIGIT
 
     def __init__(self, n_classes: int = 10, dropout: float = 0.0):
         _check(n_classes, dropout)
@@ -63,10 +69,8 @@ class LeNet(nn.Sequential):
         )
 
 
-class MLP(nn.Sequential):
+class MLP(DigitJudge):
     """Judge a digit without convolutions: 784 -> 256 -> 128 -> classes."""
-
-    image_shape = DIGIT
 
     def __init__(self, n_classes: int = 10, dropout: float = 0.0):
         _check(n_classes, dropout)
