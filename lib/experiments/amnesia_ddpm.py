@@ -103,6 +103,7 @@ class Lab:
                 seconds = [float(each["seconds"]) for each in found]
                 about = {"n_samples": self.tasks[name].iterations, "data": "samples of the base"}
                 run.row(f"seconds_{name}", seconds, unit="s", seeds=seeds, **about)
+                self.report_free(name, first)
         histories = [found[0] for name, found in parts.items() if name != "base"]
         measured = [q for q in (*OF_THE_CLASS, *OF_THE_OTHERS) if q in parts["base"][0]]
         run.arrays(
@@ -179,6 +180,25 @@ class Lab:
             resume=self.run.resume,
         )
 
+    def report_free(self, name: str, seed: int) -> None:
+        """Report the weights that the penalty leaves free, and their share of the movement.
+
+        Their Fisher information is 0: for the product estimator, all that came out negative. The
+        movement is that of the last weights, squared and summed.
+        """
+        task = self.tasks[name]
+        fisher = flat(self.fisher(task.fisher_settings, seed))
+        after, before = (
+            flat({key: weight.detach() for key, weight in model.named_parameters()})
+            for model in (self.forgotten(replace(task, weights="ema"), seed).raw, self.base)
+        )
+        moved = (after - before) ** 2
+        about = {"unit": "share", "n_samples": task.fisher_samples, "seeds": [seed]}
+        about |= {"data": "samples of the base", "preprocessing": _join(task.fisher_settings)}
+        self.run.row(f"free_weights_{name}", float((fisher == 0).mean()), **about)
+        share = moved[fisher == 0].sum() / moved.sum()
+        self.run.row(f"moved_free_{name}", float(share), **about)
+
     def compare_fishers(self) -> None:
         """Report how the Fisher information of variants differs from that of the first one."""
         seed = self.config.seeds[0]
@@ -199,9 +219,9 @@ class Lab:
                 self.run.row(f"fisher_rank_{name}", rank, unit="rank correlation", **about)
 
 
-def flat(fisher: dict[str, Tensor]) -> np.ndarray:
-    """Return all values of a Fisher information in one row."""
-    return torch.cat([values.flatten() for values in fisher.values()]).double().cpu().numpy()
+def flat(tensors: dict[str, Tensor]) -> np.ndarray:
+    """Return all values of named tensors in one row."""
+    return torch.cat([values.flatten() for values in tensors.values()]).double().cpu().numpy()
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
