@@ -187,17 +187,23 @@ class Lab:
         movement is that of the last weights, squared and summed.
         """
         task = self.tasks[name]
-        fisher = flat(self.fisher(task.fisher_settings, seed))
-        after, before = (
-            flat({key: weight.detach() for key, weight in model.named_parameters()})
-            for model in (self.forgotten(replace(task, weights="ema"), seed).raw, self.base)
-        )
-        moved = (after - before) ** 2
+
+        def compute() -> dict[str, float]:
+            fisher = flat(self.fisher(task.fisher_settings, seed))
+            after, before = (
+                flat({key: weight.detach() for key, weight in model.named_parameters()})
+                for model in (self.forgotten(replace(task, weights="ema"), seed).raw, self.base)
+            )
+            moved = (after - before) ** 2
+            return {
+                "free_weights": float((fisher == 0).mean()),
+                "moved_free": float(moved[fisher == 0].sum() / moved.sum()),
+            }
+
         about = {"unit": "share", "n_samples": task.fisher_samples, "seeds": [seed]}
         about |= {"data": "samples of the base", "preprocessing": _join(task.fisher_settings)}
-        self.run.row(f"free_weights_{name}", float((fisher == 0).mean()), **about)
-        share = moved[fisher == 0].sum() / moved.sum()
-        self.run.row(f"moved_free_{name}", float(share), **about)
+        for quantity, share in self.run.part(f"free-{name}-{seed}", compute).items():
+            self.run.row(f"{quantity}_{name}", float(share), **about)
 
     def compare_fishers(self) -> None:
         """Report how the Fisher information of variants differs from that of the first one."""
