@@ -37,9 +37,9 @@ RUN = "glow_celeba128"
 def build(seed: int = 0) -> nn.Module:
     """Build a model with what makes sharding hard: batch norm, dropout, and an unused parameter."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
-    )
+    # Straight before batch norm a bias would have no gradient but rounding, which Adam enlarges.
+    layers = nn.Linear(16, 8), nn.Tanh(), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
+    model = nn.Sequential(nn.Flatten(), *layers)
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
     model.register_buffer("passes", torch.zeros((), dtype=torch.int64))
     return model
