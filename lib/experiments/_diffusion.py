@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lib.checkpoints import load_checkpoint
@@ -109,6 +110,11 @@ def noise_distances(samples: Tensor) -> dict[str, float]:
             torch.corrcoef(torch.stack([left, right])).nan_to_num()[0, 1]
         ),
     }
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's correlation of two rows of numbers."""
+    return float(spearmanr(a, b).statistic)
 
 
 def judged_class(judge: nn.Module, samples: Tensor, label: int) -> dict[str, float]:

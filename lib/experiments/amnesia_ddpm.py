@@ -15,6 +15,7 @@ from lib.experiments._diffusion import (
     Sampling,
     arguments_of,
     load_base,
+    rank_correlation,
 )
 from lib.run import Run
 
@@ -228,13 +229,6 @@ class Lab:
 def flat(tensors: dict[str, Tensor]) -> np.ndarray:
     """Return all values of named tensors in one row."""
     return torch.cat([values.flatten() for values in tensors.values()]).double().cpu().numpy()
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's correlation of two rows of numbers."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
 
 
 def _join(settings: tuple) -> str:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from lib.experiments._diffusion import rank_correlation
 from lib.experiments._digits import Digits
 from lib.methods.fisher_diffusion import diffusion_fisher, gradient_of_steps
 from lib.models.ddpm import ConditionalDDPM, to_signed
@@ -242,11 +242,6 @@ def spend_budget(
             data="samples of the model",
             seeds=list(range(config.repetitions)),
         )
-
-
-def rank_correlation(found: Fisher, truth: Fisher) -> float:
-    """Return Spearman's correlation over the parameters."""
-    return float(spearmanr(found, truth).statistic)
 
 
 def shape_error(found: Fisher, truth: Fisher) -> float:

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lib.models._images import check_images
+
 GROUPS = 8  # of the group norms; they divide all widths
 
 
@@ -117,17 +119,8 @@ class ConvVAE(nn.Module):
 
     def check_images(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a float batch of this model's images in [0, 1]."""
-        if tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            raise ValueError(
-                f"The images are {x.dtype} of shape {tuple(x.shape)}; the model wants floats of "
-                f"shape (batch, {', '.join(map(str, self.image_shape))})."
-            )
-        low, high = (value.item() for value in x.aminmax()) if x.numel() else (0.0, 0.0)
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(
-                f"The images hold values from {low:g} to {high:g}; the model wants values in "
-                "[0, 1]: divide uint8 images by 255."
-            )
+        wanted = "the model wants values in [0, 1]: divide uint8 images by 255"
+        check_images(x, self.image_shape, 0, 1, wanted)
 
 
 def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:

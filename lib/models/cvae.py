@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.models._images import check_images
+
 
 class ConditionalVAE(nn.Module):
     """Model images of a class by p(x | z, c) = Bernoulli(decoder mean) with a standard normal z.
@@ -175,17 +177,8 @@ class ConditionalVAE(nn.Module):
 
     def check_images(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is a float batch of this model's images in [0, 1]."""
-        if tuple(x.shape[1:]) != self.image_shape or not x.is_floating_point():
-            raise ValueError(
-                f"The images are {x.dtype} of shape {tuple(x.shape)}; the model wants floats of "
-                f"shape (batch, {', '.join(map(str, self.image_shape))})."
-            )
-        low, high = (value.item() for value in x.aminmax()) if x.numel() else (0.0, 0.0)
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(
-                f"The images hold values from {low:g} to {high:g}; the Bernoulli cross-entropy "
-                "wants values in [0, 1]: divide uint8 images by 255."
-            )
+        wanted = "the Bernoulli cross-entropy wants values in [0, 1]: divide uint8 images by 255"
+        check_images(x, self.image_shape, 0, 1, wanted)
 
     def check_condition(self, c: Tensor, batch: int) -> None:
         """Raise ValueError unless ``c`` holds ``batch`` classes or ``batch`` class weightings."""

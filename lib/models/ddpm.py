@@ -10,6 +10,7 @@ one way out.
 import torch
 from torch import Tensor, nn
 
+from lib.models._images import check_images
 from lib.models.diffusion import (
     NoiseSchedule,
     PredictNoise,
@@ -216,17 +217,8 @@ class ConditionalDDPM(nn.Module):
 
     def check_images(self, x0: Tensor) -> None:
         """Raise ValueError unless ``x0`` is a float batch of this model's images in [-1, 1]."""
-        if tuple(x0.shape[1:]) != self.image_shape or not x0.is_floating_point():
-            raise ValueError(
-                f"The images are {x0.dtype} of shape {tuple(x0.shape)}; the model wants floats of "
-                f"shape (batch, {', '.join(map(str, self.image_shape))}) from to_signed."
-            )
-        low, high = (value.item() for value in x0.aminmax()) if x0.numel() else (0.0, 0.0)
-        if not (low >= -1 and high <= 1):  # also catches NaN
-            raise ValueError(
-                f"The images hold values from {low:g} to {high:g}; the model wants [-1, 1]: "
-                "convert them with to_signed."
-            )
+        wanted = "the model wants [-1, 1]: convert them with to_signed"
+        check_images(x0, self.image_shape, -1, 1, wanted)
 
     def check_classes(self, c: Tensor, batch: int) -> None:
         """Raise ValueError unless ``c`` holds ``batch`` of this model's classes."""
