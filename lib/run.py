@@ -154,9 +154,12 @@ class Run:
         """Ship a model's weights as fp16 and return the model as a reader will load it.
 
         Measure on what this returns: the shipped weights are rounded. The smoke profile writes
-        into the work folder instead of ``checkpoints/``.
+        into the work folder instead of ``checkpoints/``. The profiles ``gpu`` and ``paper`` add
+        their name to the model's: the chapters load the one that two cores can run.
         """
         folder = self.work_dir if self.profile == "smoke" else ROOT / "checkpoints"
+        if self.profile in ("gpu", "paper"):
+            name = f"{name}_{self.profile}"
         save_checkpoint(
             name, model, arguments, f"{self.name}/{self.profile}", current_commit(), folder
         )

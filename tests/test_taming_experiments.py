@@ -134,3 +134,12 @@ def test_quantiles_and_shifts_are_those_of_a_normal_crowd():
     assert taming_no_data.quantile(nll, "train", 2) == pytest.approx(0.1587, abs=1e-4)
     assert taming_no_data.quantile(nll, "remember", 3) == pytest.approx(1 / 3)
     assert taming_no_data.shift(nll, crowd + 2) == pytest.approx(3)
+
+
+def test_a_judge_sees_larger_pictures_averaged_down_to_its_size(tmp_path):
+    judge = Judge("random", bench_of("taming_attribute_avatars", tmp_path), ("label",))
+    small = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert 0 < judge.share(small, "label") < 1
+    assert judge.share(large, "label") == judge.share(small, "label")
+    torch.testing.assert_close(judge.features(large), judge.features(small))

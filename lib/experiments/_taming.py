@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lib.checkpoints import load_checkpoint
-from lib.experiments._digits import unit
 from lib.experiments._faces import Faces
+from lib.experiments._latents import seen_by
 from lib.methods.taming import (
     KL,
     Step,
@@ -126,7 +126,8 @@ class Bench:
 class Judge:
     """A judge of faces; what it sees also says how close samples are to real pictures.
 
-    ``name`` is a checkpoint, or ``random`` for an untrained one that has the ``labels``.
+    ``name`` is a checkpoint, or ``random`` for an untrained one that has the ``labels``. Images
+    larger than the judge's are averaged down over areas.
     """
 
     def __init__(self, name: str, bench: Bench, labels: Sequence[str]):
@@ -148,12 +149,14 @@ class Judge:
                 f"The judge {self.name} does not know {label!r}; it knows "
                 f"{', '.join(self.model.names) or 'no attributes'}."
             )
-        logits = predict_logits(self.model, unit(images))
+        logits = predict_logits(self.model, seen_by(self.model, images))
         return float((logits[:, self.model.names.index(label)] > 0).double().mean())
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features (n, d) of uint8 images, and note their extractor's name."""
-        features, self.extractor = extract_features(self.model, images, self.name)
+        features, self.extractor = extract_features(
+            self.model, seen_by(self.model, images), self.name
+        )
         return features
 
     def distance(self, samples: Tensor, real: Tensor) -> float:
