@@ -11,6 +11,7 @@ is no GPU.
 """
 
 import functools
+from collections import Counter
 from pathlib import Path
 
 import chapter_cache
@@ -18,6 +19,7 @@ import chapter_reference
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 
+ORIGIN = "outputs of a chapter"
 UPDATE = "rewrite it with `pytest --update-reference` (or `make reference`) and read the diff."
 
 
@@ -56,6 +58,17 @@ def valid_cache(root: Path) -> Path:
     return chapter_cache.cache_folder(root)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say how many chapters were executed, and how many by the book or earlier tests."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    origins = Counter(
+        value for report in reports for key, value in report.user_properties if key == ORIGIN
+    )
+    if origins:
+        counts = ", ".join(f"{n} {origin}" for origin, n in sorted(origins.items()))
+        terminalreporter.write_line(f"Outputs of chapters: {counts}.")
+
+
 class ChapterFile(IPyNbFile):
     """A chapter; nbval's file, which reads MyST and is executed through the cache."""
 
@@ -81,6 +94,7 @@ class ChapterFile(IPyNbFile):
         execution = chapter_cache.execute(self.path, root, valid_cache(root))
         self.cells = chapter_cache.code_cells(execution.notebook)
         self.error = execution.error
+        self.origin = "from the cache" if execution.cached else "executed now"
         path = chapter_reference.reference_path(self.path, root, chapter_cache.profile())
         self.reference_name = path.relative_to(root).as_posix()
         if self.config.option.update_reference and self.error is None:
@@ -130,6 +144,7 @@ class ChapterReference(pytest.Item):
     def runtest(self):
         """Check that the chapter ran to its end and its reference holds its cells alone."""
         chapter = self.parent
+        self.user_properties.append((ORIGIN, chapter.origin))
         if chapter.error:  # the only sign of a cell that ran out of time
             reason = chapter.error.splitlines()[0]
             raise ReferenceFailure(f"{chapter.name} did not run to its end: {reason}")

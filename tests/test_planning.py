@@ -1,6 +1,9 @@
 """The planning page: its counts against a hand count, its arithmetic, and that it is up to date."""
 
 import json
+import os
+import subprocess
+import sys
 
 import page_planning
 import pytest
@@ -43,6 +46,15 @@ def test_the_committed_counts_are_those_of_the_code():
     assert count_step(model) == stored
     for training in page_planning.paper_trainings()[0]:
         assert find(counts, training).operations > 1e9
+
+
+def test_no_build_imports_torch():
+    code = "import sys, bookassets, chapter_cache, generated_pages, page_planning; "
+    code += "assert page_planning.paper_trainings()[0]; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "book/_ext")}
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.check_output(command, env=environment, text=True).split()
+    assert not {"torch", "pandas", "matplotlib", "scipy"} & set(loaded)
 
 
 def test_memory_is_that_of_weights_and_batch():

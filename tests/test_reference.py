@@ -140,12 +140,15 @@ def test_life_of_a_reference(project):
     missing = project.runpytest_inprocess()
     missing.assert_outcomes(passed=2, failed=1)
     missing.stdout.fnmatch_lines("*one.txt is missing*--update-reference*")
+    missing.stdout.fnmatch_lines("Outputs of chapters: 1 executed now.")
     assert not reference.exists()
 
     project.runpytest_inprocess("--update-reference").assert_outcomes(passed=3)
     written = reference.read_text("utf8")
     assert "loss 1.844422 nats" in written
-    project.runpytest_inprocess().assert_outcomes(passed=3)
+    equal = project.runpytest_inprocess()
+    equal.assert_outcomes(passed=3)
+    equal.stdout.fnmatch_lines("Outputs of chapters: 1 from the cache.")
 
     reference.write_text(written.replace("1.844422", "1.844440"), "utf8")
     project.runpytest_inprocess().assert_outcomes(passed=3)
@@ -160,6 +163,7 @@ def test_life_of_a_reference(project):
     seed = project.runpytest_inprocess()
     seed.assert_outcomes(passed=2, failed=1)
     seed.stdout.fnmatch_lines("*1.134364 in line 1 is farther*")
+    seed.stdout.fnmatch_lines("Outputs of chapters: 1 executed now.")
 
     chapter.write_text(HEADER + SEEDED.replace("uniform(1, 2)", "uniform(0, 2)"), "utf8")
     stale = project.runpytest_inprocess()

@@ -47,10 +47,14 @@ ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Execution:
-    """A chapter with its outputs; ``error`` is the traceback of the cell that stopped it."""
+    """A chapter with its outputs; ``error`` is the traceback of the cell that stopped it.
+
+    ``cached`` says that an earlier execution of the same code on the same inputs gave them.
+    """
 
     notebook: NotebookNode
     error: str | None
+    cached: bool = False
 
 
 def profile() -> str:
@@ -148,7 +152,7 @@ def execute(path: Path, root: Path, folder: Path) -> Execution:
         with database:
             cache = get_cache(folder)
             with suppress(KeyError):  # the cache's word for "not stored"
-                return Execution(cache.merge_match_into_notebook(notebook)[1], None)
+                return Execution(cache.merge_match_into_notebook(notebook)[1], None, cached=True)
         start = time.monotonic()
         client = NotebookClient(
             notebook,

@@ -13,8 +13,7 @@ import yaml
 from page_text import PageError, table
 
 from lib import results
-from lib.checkpoints import write_atomically
-from lib.config import config_names, load_config
+from lib.config import PROFILES, config_names
 from lib.papers import format_number
 from lib.results import ResultsError, read_results
 
@@ -85,9 +84,10 @@ def paper_trainings() -> tuple[list[Training], list[str]]:
         raw = yaml.safe_load((results.ROOT / "configs" / f"{name}.yaml").read_text("utf8"))
         if not raw.get("paper"):
             continue
-        values = load_config(name, "paper").resolved
-        if values["experiment"] in SHAPING:
-            known.append(Training(name, values["experiment"], values))
+        # Not by load_config, which imports the experiment and so torch, seconds of every build.
+        top = {key: value for key, value in raw.items() if key not in PROFILES}
+        if raw["experiment"] in SHAPING:
+            known.append(Training(name, raw["experiment"], top | raw["paper"]))
         else:
             others.append(name)
     return known, others
@@ -257,6 +257,8 @@ def _module_and_loss(model: dict, n: int):
 
 def main(root: Path = results.ROOT) -> None:
     """Count every model of a ``paper`` profile or a measured training, and write the counts."""
+    from lib.checkpoints import write_atomically  # imports torch, which no build needs
+
     trainings = paper_trainings()[0] + [each.training for each in measured_trainings()]
     models = {json.dumps(each.model): each.model for each in trainings}
     lines = [

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy import stats
 from torch import Tensor
 
 
@@ -29,6 +28,8 @@ def normality(nll: Tensor) -> dict[str, float]:
 
     Shapes: ``nll`` (n,) of at least 3 different scores.
     """
+    from scipy import stats  # a second to import, and every flow needs this module's units
+
     scores = nll.double().cpu().numpy()
     standard = (scores - scores.mean()) / scores.std(ddof=1)
     lilliefors = stats.goodness_of_fit(
