@@ -69,6 +69,10 @@ tables: .venv/installed ## rewrite the tables of paper versus ours from results/
 exercises: .venv/installed ## write the chapters without solutions, as notebooks, for a class
 	$(PYTHON) -m lib.exercises
 
+.PHONY: slides
+slides: profile ## write the slides of each part, from the executed chapters
+	$(PYTHON) -m lib.slides
+
 .PHONY: bench
 bench: .venv/installed ## time the library against its peers, into book/tables/benchmarks.json
 	$(PYTHON) benchmarks/_all.py

@@ -14,6 +14,7 @@ import page_equations
 import page_planning
 import page_scoreboard
 import page_status
+import page_teaching
 from docutils import nodes
 from docutils.statemachine import StringList
 from page_text import PageError
@@ -35,11 +36,14 @@ WITHOUT_ARGUMENT: dict[str, Callable[[Path], str]] = {
     "machine": page_status.machine,
     "benchmarks": page_status.benchmarks,
     "runs": page_status.runs,
+    "chapter-costs": page_teaching.chapter_costs,
+    "run-costs": page_teaching.run_costs,
 }
 WITH_ARGUMENT: dict[str, Callable[[Path, str], str]] = {
     "scoreboard": page_scoreboard.paper_tables,
     "deviations": page_deviations.part_deviations,
     "equations": page_equations.paper_equations,
+    "session-cost": page_teaching.session_cost,
 }
 USED = re.compile(rf"^(?:```|:::)\{{({'|'.join([*WITHOUT_ARGUMENT, *WITH_ARGUMENT])})\}}", re.M)
 
