@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import os
+import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,60 @@ def load_checkpoint(name: str, folder: Path = ROOT / "checkpoints") -> nn.Module
             f"The weights in {path} do not fit {class_name}({entry['arguments']}): {reason}"
         ) from None
     return model.float().eval()
+
+
+def ship_folder(
+    save_into: Callable[[Path], object], folder: Path, run: str, commit: str
+) -> dict[str, dict]:
+    """Ship a model that is a folder of files, with a manifest of their sha256 inside.
+
+    ``save_into`` writes the files into the folder that it is given, which takes the place of
+    ``folder`` once all of them are there. Returns the manifest.
+
+    Raises: CheckpointError if one of the files would be larger than 16 MiB.
+    """
+    half_written = folder.with_name(f".{folder.name}.{os.getpid()}.half")
+    try:
+        half_written.mkdir(parents=True)
+        save_into(half_written)
+        files = {}
+        for path in sorted(path for path in half_written.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if len(content) > MAX_BYTES:
+                raise CheckpointError(
+                    f"The file {path.name} of {folder.name!r} has {len(content)} bytes, more than "
+                    f"the {MAX_BYTES} that may be shipped; make the model smaller or split it."
+                )
+            name = path.relative_to(half_written).as_posix()
+            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        manifest = {"files": files, "run": run, "commit": commit}
+        write_atomically(half_written / "manifest.yaml", yaml.safe_dump(manifest).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        half_written.rename(folder)
+    finally:
+        shutil.rmtree(half_written, ignore_errors=True)
+    return manifest
+
+
+def verify_folder(folder: Path) -> None:
+    """Compare the files of a shipped folder with its manifest.
+
+    Raises: CheckpointError if the manifest or a file is absent, or a file is damaged.
+    """
+    again = f"get it again with 'git checkout {folder.name}' or 'make run RUN={folder.name}'"
+    manifest = _manifest(folder)
+    if not manifest:
+        raise CheckpointError(f"The checkpoint {folder} has no manifest.yaml; {again}.")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"The checkpoint's file {path} is missing; {again}.")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != entry["sha256"]:
+            raise CheckpointError(
+                f"The checkpoint's file {path} has sha256 {digest[:12]}…, the manifest wants "
+                f"{entry['sha256'][:12]}…: it is damaged or of another version; {again}."
+            )
 
 
 def _manifest(folder: Path) -> dict[str, dict]:
