@@ -140,6 +140,6 @@ def test_a_judge_sees_larger_pictures_averaged_down_to_its_size(tmp_path):
     judge = Judge("random", bench_of("taming_attribute_avatars", tmp_path), ("label",))
     small = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert 0 < judge.share(small, "label") < 1
     assert judge.share(large, "label") == judge.share(small, "label")
+    assert judge.features(small).std(0).max() > 0
     torch.testing.assert_close(judge.features(large), judge.features(small))
