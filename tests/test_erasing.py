@@ -13,13 +13,13 @@ from lib.methods.erasing import (
     cross_attention_projections,
     esd,
     esd_target,
-    layer_parameters,
     safety_scale,
     sld_guidance,
     uce,
     uce_edit,
     unet_epsilon,
 )
+from lib.methods.layers import layer_parameters
 
 DIM, CONDITIONS = 3, 4
 ALPHA_BAR = torch.linspace(0.95, 0.1, 10)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from lib.checkpoints import CheckpointError, ship_folder, verify_folder
 from lib.config import load_config
 from lib.data import captions
+from lib.methods.layers import LAYERS, layer_parameters, train_only
 from lib.models import text_to_image as t2i
 from lib.models._tokens import learn_merges, unknown_words
 from lib.models.scorer import Scorer, agreement, retrieval
@@ -144,10 +145,7 @@ def test_an_unknown_word_is_noted_in_a_sentence(pipeline):
 
 
 def test_layer_choices_partition_the_parameters(pipeline):
-    names = {
-        layers: {name for name, _ in t2i.parameters_of(pipeline.unet, layers)}
-        for layers in t2i.LAYERS
-    }
+    names = {layers: set(layer_parameters(pipeline.unet, layers)) for layers in LAYERS}
     assert names["full"] == {name for name, _ in pipeline.unet.named_parameters()}
     assert names["xattn"] | names["noxattn"] == names["full"]
     assert not names["xattn"] & names["noxattn"]
@@ -158,18 +156,20 @@ def test_layer_choices_partition_the_parameters(pipeline):
         if name.endswith(("attn2.to_k", "attn2.to_v")) and module.in_features == width
     }
     assert reads and reads <= names["xattn"]
-    with pytest.raises(ValueError, match="layers are 'attn'; choose one of full, xattn, noxattn"):
-        list(t2i.parameters_of(pipeline.unet, "attn"))
+    with pytest.raises(
+        ValueError, match="layers 'attn' are unknown; choose from full, xattn, noxattn"
+    ):
+        layer_parameters(pipeline.unet, "attn")
 
 
 def test_only_the_chosen_layers_get_gradients(pipeline):
     try:
-        t2i.train_only(pipeline.unet, "xattn")
+        train_only(pipeline.unet, "xattn")
         latents = torch.randn(2, 4, 8, 8)
         said = t2i.embed(pipeline, ["a hat", "ada birk"])
         t2i.latent_loss(pipeline.unet, pipeline.scheduler, latents, said).sum().backward()
         touched = {n for n, p in pipeline.unet.named_parameters() if p.grad is not None}
-        assert touched == {name for name, _ in t2i.parameters_of(pipeline.unet, "xattn")}
+        assert touched == set(layer_parameters(pipeline.unet, "xattn"))
     finally:
         pipeline.unet.zero_grad()
         pipeline.unet.requires_grad_(False)

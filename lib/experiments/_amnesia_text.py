@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lib.experiments._text_to_image import Drawing, check_pipeline, ddim, draw_latents
 from lib.methods import amnesia
 from lib.methods.fisher_diffusion import diffusion_fisher
-from lib.models.text_to_image import embed, latent_loss, noise_loss, train_only
+from lib.methods.layers import train_only
+from lib.models.text_to_image import embed, latent_loss, noise_loss
 from lib.train import Fit, fit
 
 

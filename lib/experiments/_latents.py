@@ -108,6 +108,14 @@ def load_judge(name: str, image_shape: torch.Size, device: torch.device) -> nn.M
 
 
 def seen_by(judge: nn.Module, images: Tensor) -> Tensor:
-    """Turn uint8 images into floats in [0, 1] of the judge's size, averaging over areas."""
-    floats, size = unit(images), tuple(judge.image_shape[1:])
+    """Turn images into floats in [0, 1] of the judge's size, averaging over areas.
+
+    They may be uint8, or floats in [0, 1] already, whose gradients flow.
+    """
+    floats, size = as_floats(images), tuple(judge.image_shape[1:])
     return floats if floats.shape[2:] == size else F.interpolate(floats, size, mode="area")
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return images as floats in [0, 1], which they are unless they are uint8."""
+    return unit(images) if images.dtype == torch.uint8 else images

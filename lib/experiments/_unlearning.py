@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.checkpoints import load_checkpoint
-from lib.experiments._digits import Digits, unit
-from lib.experiments._latents import DIGITS
+from lib.experiments._digits import Digits
+from lib.experiments._latents import DIGITS, as_floats, seen_by
 from lib.methods.feature_unlearning import (
     Feature,
     UnlearningSettings,
@@ -155,13 +154,13 @@ class Subject:
             raise ValueError(f"There is no feature {name!r}; there are {', '.join(self.limits)}.")
         if name in RULERS:
             return RULERS[name](images) - self.limits[name]
-        logits = self.judge(resized(images, self.judge))
+        logits = self.judge(seen_by(self.judge, images))
         return logits[:, self.judge.names.index(name)] - self.limits[name]
 
     @torch.no_grad()
     def scores(self, name: str, images: Tensor) -> Tensor:
         """Return :meth:`score` without gradients, in chunks; uint8 pictures are welcome too."""
-        return torch.cat([self.score(name, unit_of(part)) for part in images.split(CHUNK)])
+        return torch.cat([self.score(name, as_floats(part)) for part in images.split(CHUNK)])
 
     def has(self, name: str, images: Tensor) -> Tensor:
         """Say for each picture (uint8, or floats in [0, 1]) whether it has the feature: (n,)."""
@@ -173,7 +172,7 @@ class Subject:
 
         Of digits it is the class, of faces whether each of the other attributes is there.
         """
-        logits = predict_logits(self.judge, resized(unit_of(images), self.judge))
+        logits = predict_logits(self.judge, seen_by(self.judge, images))
         if isinstance(self.judge, DigitJudge):
             return logits.argmax(1, keepdim=True)
         others = [i for i, other in enumerate(self.judge.names) if other != name]
@@ -181,7 +180,7 @@ class Subject:
 
     def seen(self, images: Tensor) -> tuple[Tensor, str]:
         """Return the judge's features (n, d) of pictures, and the name of the extractor."""
-        shown = resized(unit_of(images), self.judge)
+        shown = seen_by(self.judge, images)
         return extract_features(self.judge, shown, self.judge_name)
 
 
@@ -291,14 +290,3 @@ def as_uint8(images: Tensor):
     """Turn pictures in [0, 1] into uint8 numpy (n, height, width, channels) for a figure."""
     levels = (255 * images).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def unit_of(images: Tensor) -> Tensor:
-    """Return pictures as floats in [0, 1], which they are unless they are uint8."""
-    return unit(images) if images.dtype == torch.uint8 else images
-
-
-def resized(images: Tensor, judge: nn.Module) -> Tensor:
-    """Average over areas down to the judge's size, where it is another."""
-    size = tuple(judge.image_shape[1:])
-    return images if images.shape[2:] == size else F.interpolate(images, size, mode="area")

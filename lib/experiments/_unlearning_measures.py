@@ -6,8 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lib.experiments._latents import Pictures
-from lib.experiments._unlearning import Subject, resized
+from lib.experiments._latents import Pictures, seen_by
+from lib.experiments._unlearning import Subject
 from lib.methods.feature_unlearning import Feature, edited_latent, indicator
 from lib.metrics.fidelity import frechet_distance, inception_score
 from lib.models.classifier import predict_logits
@@ -95,7 +95,7 @@ class Yardstick:
             theirs = frechet_distance(real[:n], base[:n])
         found |= {"frechet_free": ours, "frechet_free_base": theirs}
         if self.scorer is not None:
-            logits = predict_logits(self.scorer, resized(images, self.scorer))
+            logits = predict_logits(self.scorer, seen_by(self.scorer, images))
             found["inception_score"] = inception_score(logits)
         return found | {"frechet_free_ratio": ours / theirs}
 

@@ -19,38 +19,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lib.methods.layers import LAYERS, layer_parameters
+
 Epsilon = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SampleLatent = Callable[[nn.Module, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 Step = tuple[nn.Module, dict[str, float]]
-LAYERS = ("full", "xattn", "noxattn")
 
 
 def unet_epsilon(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
     """Predict the noise with a ``UNet2DConditionModel``; ``condition`` is (n, tokens, dim)."""
     return unet(x_t, t, encoder_hidden_states=condition).sample
-
-
-def layer_parameters(model: nn.Module, layers: str) -> dict[str, nn.Parameter]:
-    """Choose the parameters that are trained, by name.
-
-    ``xattn`` are those of the cross-attention, ``noxattn`` all others, and ``full`` is both. ESD's
-    released code leaves the time embedding and the output layer out of ``noxattn`` as well.
-
-    Raises: ValueError if the name is unknown or the model has no such parameters.
-    """
-    if layers not in LAYERS:
-        raise ValueError(f"The layers {layers!r} are unknown; choose from {', '.join(LAYERS)}.")
-    chosen = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if layers == "full" or ("attn2" in name.split(".")) == (layers == "xattn")
-    }
-    if not chosen:
-        raise ValueError(
-            f"The model {type(model).__name__} has no parameters in the layers {layers!r}; wanted "
-            "a network with cross-attention ('attn2' in diffusers), so choose other layers."
-        )
-    return chosen
 
 
 def esd_target(eps_anchor: Tensor, eps_concept: Tensor, eta: float) -> Tensor:

@@ -11,7 +11,7 @@ are scaled to about unit variance, as the UNet wants them.
 import copy
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +36,6 @@ NO_CHECKER = {
     "feature_extractor": None,
     "requires_safety_checker": False,
 }
-LAYERS = ("full", "xattn", "noxattn")
 SMALL_VOCABULARY = 10_000  # a tokenizer with more knows pieces for all words
 
 
@@ -330,28 +329,6 @@ def latent_loss(
         dropped = torch.rand(len(latents), **options) < drop
         embeddings = torch.where(dropped[:, None, None], null, embeddings)
     return noise_loss(unet, scheduler, latents, embeddings, t, noise)
-
-
-def parameters_of(unet: nn.Module, layers: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """List names and parameters of a UNet: all, those of cross-attention, or all the others.
-
-    ``layers`` is ``full``, ``xattn`` (keys, queries, values and output of the attention to the
-    prompt) or ``noxattn``.
-
-    Raises: ValueError if it is none of these.
-    """
-    if layers not in LAYERS:
-        raise ValueError(f"The layers are {layers!r}; choose one of {', '.join(LAYERS)}.")
-    for name, parameter in unet.named_parameters():
-        if layers == "full" or (".attn2." in name) == (layers == "xattn"):
-            yield name, parameter
-
-
-def train_only(unet: nn.Module, layers: str) -> None:
-    """Let gradients reach the parameters of :func:`parameters_of` alone."""
-    unet.requires_grad_(False)
-    for _, parameter in parameters_of(unet, layers):
-        parameter.requires_grad_(True)
 
 
 @torch.no_grad()
