@@ -160,8 +160,8 @@ def run(config: Config, run: Run) -> None:
 def fit_stage(
     config: Config, run: Run, name: str, stage: Stage, model: nn.Module, step_loss, **options
 ) -> Fit:
-    """Train one stage, resumable on its own."""
-    return fit(
+    """Train one stage, resumable on its own, and report its time."""
+    fitted = fit(
         model,
         step_loss,
         steps=stage.iterations,
@@ -174,6 +174,9 @@ def fit_stage(
         resume=run.resume,
         **options,
     )
+    about = {"n_samples": config.n_train, "data": "captioned avatars", "seeds": [config.seed]}
+    run.row(f"training_time_{name}", fitted.seconds, unit="s", **about)
+    return fitted
 
 
 def autoencoder_loss(
