@@ -1,5 +1,6 @@
 """What the experiments on digits share: data as tensors, and batches of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,15 @@ class Digits:
             data = load(name, split, size)
         images = torch.tensor(data.images, device=device).permute(0, 3, 1, 2).contiguous()
         return cls(images, torch.tensor(data.labels["label"], device=device), data.source)
+
+    def without(self, classes: Sequence[int]) -> "Digits":
+        """Leave out classes, and say so in the source."""
+        if not classes:
+            return self
+        left_out = torch.tensor(classes, dtype=self.labels.dtype, device=self.labels.device)
+        keep = ~torch.isin(self.labels, left_out)
+        source = f"{self.source}, without class {', '.join(map(str, classes))}"
+        return Digits(self.images[keep], self.labels[keep], source)
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw ``n`` images in [0, 1] with their labels, with replacement."""

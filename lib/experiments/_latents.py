@@ -1,6 +1,6 @@
 """What the experiments that train GANs and VAEs share: pictures, and what judges say of samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +32,26 @@ class Pictures:
     source: str
 
     @classmethod
-    def load(cls, name: str, split: str, size: int, device: torch.device) -> "Pictures":
-        """Load a split of digits or of faces; ``held_out`` is one of lfw64."""
+    def load(
+        cls,
+        name: str,
+        split: str,
+        size: int,
+        device: torch.device,
+        without: Sequence[int] = (),
+    ) -> "Pictures":
+        """Load a split of digits, some classes left out, or of faces; ``held_out`` is of lfw64.
+
+        Raises: ValueError if classes of faces are to be left out, which have none.
+        """
         if name in DIGITS:
-            digits = Digits.load(name, split, size, device)
+            digits = Digits.load(name, split, size, device).without(without)
             return cls(digits.images, digits.source)
+        if without:
+            raise ValueError(
+                f"The pictures {name!r} have no classes, but {list(without)} are to be left out; "
+                f"leave out classes of {' or '.join(DIGITS)} only."
+            )
         faces = Faces.load(name, split, size)
         return cls(faces.at(np.arange(len(faces)), device), faces.source)
 

@@ -22,7 +22,8 @@ class Config:
 
     ``warmup`` is the share of the steps in which the learning rate rises, before it falls along a
     cosine. ``n_test`` pictures of the split ``held_out`` are scored; ``n_samples`` of the model are
-    compared with that split through ``extractor`` and ``judge``; see ``report_fidelity``.
+    compared with that split through ``extractor`` and ``judge``; see ``report_fidelity``. The
+    classes ``without`` (of digits) are left out of both splits.
     """
 
     data: str
@@ -42,13 +43,14 @@ class Config:
     judge: str | None
     n_test: int
     n_samples: int
+    without: tuple[int, ...] = ()
 
 
 def run(config: Config, run: Run) -> None:
     """Maximise the mean ELBO; report it on held-out pictures with its parts, and ship the model."""
     seed_everything(config.seed)
     train, held_out = (
-        Pictures.load(config.data, split, config.size, run.device)
+        Pictures.load(config.data, split, config.size, run.device, config.without)
         for split in ("train", config.held_out)
     )
     arguments = {

@@ -132,9 +132,7 @@ def load_images(
     """Join splits of labelled images and leave out classes."""
     parts = [Digits.load(name, split, size, device) for split in splits]
     images, labels = (torch.cat([getattr(p, k) for p in parts]) for k in ("images", "labels"))
-    keep = ~torch.isin(labels, torch.tensor(without, dtype=labels.dtype, device=device))
-    left_out = f", without class {', '.join(map(str, without))}" if without else ""
-    return Digits(images[keep], labels[keep], parts[0].source + left_out)
+    return Digits(images, labels, parts[0].source).without(without)
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ from lib.train import fit
 
 @dataclass(frozen=True)
 class Config:
-    """Data, model and schedule; ``n_test`` images are scored with ``n_importance`` draws of z."""
+    """Data, model and schedule; ``n_test`` images are scored with ``n_importance`` draws of z.
+
+    The classes ``without`` are left out of the training and of the measurements.
+    """
 
     data: str
     size: int
@@ -25,13 +28,16 @@ class Config:
     seed: int
     n_test: int
     n_importance: int
+    without: tuple[int, ...] = ()
 
 
 def run(config: Config, run: Run) -> None:
     """Maximise the mean ELBO; report the bounds on log p of test images, and ship the weights."""
     seed_everything(config.seed)
-    train = Digits.load(config.data, "train", config.size, run.device)
-    test = Digits.load(config.data, "test", config.size, run.device)
+    train, test = (
+        Digits.load(config.data, split, config.size, run.device).without(config.without)
+        for split in ("train", "test")
+    )
     arguments = {
         "image_shape": [1, config.size, config.size],
         "n_classes": 10,
