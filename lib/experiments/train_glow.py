@@ -1,6 +1,7 @@
 """Train Glow on images, score it in bits per dimension, and ship it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,8 @@ class Config:
     with ``n_draws`` draws of dequantisation noise.
     ``warmup`` is the share of the steps in which the learning rate rises, before it falls along a
     cosine; 0 keeps it constant. ``ship`` is false where the weights are too large for it; they stay
-    in the run's own checkpoint.
+    in the run's own checkpoint. ``without`` names values of labels whose pictures are left out of
+    ``train``, so that forgetting can be compared with never having seen them.
     """
 
     data: str
@@ -49,6 +51,7 @@ class Config:
     n_grid: int
     also_train: tuple[str, ...] = ()
     ship: bool = True
+    without: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def run(config: Config, run: Run) -> None:
@@ -60,7 +63,7 @@ def run(config: Config, run: Run) -> None:
         )
         for name, split in config.splits.items()
     }
-    train = parts["train"]
+    train = parts["train"] = leave_out(parts["train"], config.without)
     arguments = {
         "image_shape": [train.n_channels, config.size, config.size],
         "n_blocks": config.n_blocks,
@@ -115,6 +118,16 @@ def run(config: Config, run: Run) -> None:
         step=np.array([line["step"] for line in fitted.history]),
         bits_per_dim=np.array([line["bits_per_dim"] for line in fitted.history]),
     )
+
+
+def leave_out(faces: Faces, without: Mapping[str, Sequence[int]]) -> Faces:
+    """Leave out the pictures whose label has one of the given values, and say so in the source."""
+    for label, values in without.items():
+        kept = faces.where(~np.isin(faces.labels(label), values))
+        faces = replace(
+            kept, source=f"{kept.source}, without {label} {', '.join(map(str, values))}"
+        )
+    return faces
 
 
 @torch.no_grad()
