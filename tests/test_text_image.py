@@ -78,6 +78,9 @@ def test_a_missing_opencv_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r"needs OpenCV, .* run 'pip install opencv-python"):
         CascadeFaces()
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(__version__="5.0.0"))
+    with pytest.raises(ImportError, match=r"OpenCV 5.0.0 has no cascades, .*headless==4"):
+        CascadeFaces()
 
 
 BAD = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import page_deviations
 import page_equations
 import page_planning
+import page_planning_sd
 import page_scoreboard
 import page_status
 import page_teaching
@@ -29,6 +30,7 @@ WITHOUT_ARGUMENT: dict[str, Callable[[Path], str]] = {
     "own-claims": page_scoreboard.own_claims,
     "deviation-counts": page_deviations.counts,
     "planning-estimates": page_planning.estimates,
+    "planning-latent": page_planning_sd.latent_estimates,
     "planning-assumptions": page_planning.assumptions,
     "planning-measured": page_planning.measured_steps,
     "chapter-times": page_status.chapter_times,

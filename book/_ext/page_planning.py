@@ -24,6 +24,8 @@ SHAPING = {
     "train_glow": ("size", "n_bits", "n_blocks", "n_flows", "hidden", "coupling"),
     "train_ddpm": ("size", "channels", "layers_per_block", "attention", "groups", "patch"),
 }
+# Stable Diffusion's UNet, whose runs have several stages: see page_planning_sd.
+LATENT = {"experiment": "amnesia_sd14", "sample_size": 64, "cross_attention_dim": 768}
 COUNTED_BATCH = 2
 
 
@@ -88,7 +90,7 @@ def paper_trainings() -> tuple[list[Training], list[str]]:
         top = {key: value for key, value in raw.items() if key not in PROFILES}
         if raw["experiment"] in SHAPING:
             known.append(Training(name, raw["experiment"], top | raw["paper"]))
-        else:
+        elif raw["experiment"] != LATENT["experiment"]:
             others.append(name)
     return known, others
 
@@ -122,10 +124,18 @@ def find(counts: list[tuple[dict, Count]], training: Training) -> Count:
 
     Raises: PageError if it is not counted.
     """
+    return find_model(counts, training.model, training.name)
+
+
+def find_model(counts: list[tuple[dict, Count]], wanted: dict, name: str = "v1.4") -> Count:
+    """Return the count of a model.
+
+    Raises: PageError if it is not counted.
+    """
     for model, count in counts:
-        if model == training.model:
+        if model == wanted:
             return count
-    raise PageError(f"The model of {training.name} is not counted as it is now; {COUNT_AGAIN}")
+    raise PageError(f"The model of {name} is not counted as it is now; {COUNT_AGAIN}")
 
 
 def estimates(root: Path) -> str:
@@ -239,6 +249,8 @@ def count_step(model: dict) -> Count:
 def _module_and_loss(model: dict, n: int):
     import torch
 
+    if model["experiment"] == LATENT["experiment"]:
+        return _latent_unet_and_loss(model, n)
     shape = (3, model["size"], model["size"])
     if model["experiment"] == "train_glow":
         from lib.models.glow import Glow
@@ -255,12 +267,34 @@ def _module_and_loss(model: dict, n: int):
     return ddpm, lambda: ddpm.loss_from_noise(images, index, index, images).mean()
 
 
+def _latent_unet_and_loss(model: dict, n: int):
+    from unittest.mock import patch
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    size, width = model["sample_size"], model["cross_attention_dim"]
+    unet = UNet2DConditionModel(sample_size=size, cross_attention_dim=width)
+
+    def attention(q, k, v, **options):
+        """Attend as a GPU does, which never holds the matrix of scores."""
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, None, True, 0.0, False)[0]
+
+    def loss():
+        with patch("torch.nn.functional.scaled_dot_product_attention", attention):
+            latents, t = torch.rand(n, 4, size, size), torch.zeros(n, dtype=torch.int64)
+            return unet(latents, t, torch.rand(n, 77, width)).sample.square().mean()
+
+    return unet, loss
+
+
 def main(root: Path = results.ROOT) -> None:
     """Count every model of a ``paper`` profile or a measured training, and write the counts."""
     from lib.checkpoints import write_atomically  # imports torch, which no build needs
 
     trainings = paper_trainings()[0] + [each.training for each in measured_trainings()]
-    models = {json.dumps(each.model): each.model for each in trainings}
+    models = {json.dumps(model): model for model in [*(t.model for t in trainings), LATENT]}
     lines = [
         json.dumps({"model": model, "count": vars(count_step(model))}) for model in models.values()
     ]

@@ -110,7 +110,10 @@ class PromptedUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """One forgetting by Selective Amnesia: layers, objective, schedule, Fisher information."""
+    """One forgetting by Selective Amnesia: layers, objective, schedule, Fisher information.
+
+    ``fisher_chunk`` is how many timesteps of a latent pass the UNet at once: memory, no result.
+    """
 
     layers: str
     lam: float
@@ -122,6 +125,7 @@ class Task:
     fisher_estimator: str
     fisher_steps: int
     fisher_samples: int
+    fisher_chunk: int = 64
 
 
 def fisher_of(
@@ -147,6 +151,7 @@ def fisher_of(
         [tuple(first)],
         estimator=task.fisher_estimator,
         n_steps=task.fisher_steps,
+        chunk=task.fisher_chunk,
         generator=generator,
     )
 

@@ -27,7 +27,7 @@ class CascadeFaces:
     """Find frontal faces with OpenCV's cascade, which comes with the package and needs no weights.
 
     ``neighbours`` is how many of its overlapping hits make a face: more are stricter.
-    Raises: ImportError if OpenCV is not installed.
+    Raises: ImportError if OpenCV is not installed, or a version from 5 on.
     """
 
     def __init__(self, neighbours: int = 5, smallest: int = 24):
@@ -36,8 +36,13 @@ class CascadeFaces:
         except ImportError:
             raise ImportError(
                 "The face detector needs OpenCV, which is not installed; run 'pip install "
-                "opencv-python-headless', or pass another detector."
+                "opencv-python-headless==4.14.0.94', or pass another detector."
             ) from None
+        if not hasattr(cv2, "CascadeClassifier"):
+            raise ImportError(
+                f"OpenCV {cv2.__version__} has no cascades, which ended with version 4; run 'pip "
+                "install opencv-python-headless==4.14.0.94', or pass another detector."
+            )
         name = cv2.data.haarcascades + "haarcascade_frontalface_default.xml"
         self.cascade = cv2.CascadeClassifier(name)
         self.neighbours, self.smallest = neighbours, smallest
