@@ -25,7 +25,7 @@ from lib.experiments._text_to_image import (
     esd_latent,
     latent_path,
     prompt_set,
-    token_pairs,
+    replaced_tokens,
 )
 from lib.methods.erasing import (
     ESDSettings,
@@ -165,7 +165,7 @@ def test_esd_trains_on_latents_of_its_own_path(pipe):
 @torch.no_grad()
 def test_edited_prompt_draws_what_the_other_draws(pipe):
     one, other = "a photo of a librarian", "a photo of a gardener"
-    c, c_star = token_pairs(pipe, [one], [other])
+    c, c_star = replaced_tokens(pipe, [one], [other])
     old, new = (embed(pipe, [prompt]) for prompt in (one, other))
     first = 5  # after the start and four words
     assert torch.equal(c, old[0, first:]) and torch.equal(c_star, new[0, first:])
@@ -175,8 +175,8 @@ def test_edited_prompt_draws_what_the_other_draws(pipe):
     before, after = (unet_epsilon(unet, x_t, t, old) for unet in (pipe.unet, edited))
     wanted = unet_epsilon(pipe.unet, x_t, t, new)
     assert (after - wanted).norm() < 0.05 * (before - wanted).norm()
-    uneven = token_pairs(pipe, [one, "a clown"], ["ada birk", "a young clown"])
-    assert uneven[0].shape == uneven[1].shape == (TOKENS - 5 + TOKENS - 3, DIM)
+    uneven = replaced_tokens(pipe, [one, "a clown"], ["ada birk", "a young clown"])
+    assert uneven[0].shape == uneven[1].shape == (TOKENS - 5 + TOKENS - 2, DIM)
 
 
 def test_surrogates_are_drawn_from_the_other_prompts(pipe):
@@ -328,7 +328,7 @@ def test_bad_prompts_and_pipelines_are_refused_in_a_sentence(pipe, memories):
             SimpleNamespace(unet=1, scheduler=1)
         ),
         r"predicts 'v_prediction'; .* \('epsilon'\)": lambda: check_pipeline(other),
-        r"Got 1 prompts to erase and 2": lambda: token_pairs(pipe, ["a"], ["b", "c"]),
+        r"Got 1 prompts to erase and 2": lambda: replaced_tokens(pipe, ["a"], ["b", "c"]),
         r"on 4 latents, but only 2": lambda: fisher_of(
             pipe, KEEP, Memory(replay.latents[:2], replay.prompts[:2]), TASK, seeded()
         ),

@@ -8,7 +8,8 @@ import torch
 
 from lib.config import ConfigError, load_config, resolve
 from lib.experiments import _erasers
-from lib.experiments._erasers import Request, Workshop, load_models, replaced_tokens
+from lib.experiments._erasers import Request, Workshop, load_models
+from lib.experiments._text_to_image import replaced_tokens
 from lib.experiments.amnesia_sd_person import namesake_of, others_of, prompts_of, request_of
 from lib.methods.layers import layer_parameters
 from lib.models.text_to_image import embed

@@ -36,13 +36,19 @@ from torch import Tensor, nn
 from lib.checkpoints import load_checkpoint
 from lib.data import captions
 from lib.experiments._amnesia_text import Memory, Task, fisher_of, forget, remember, surrogates
-from lib.experiments._text_to_image import Drawing, check_pipeline, draw_latents, esd_latent
+from lib.experiments._text_to_image import (
+    Drawing,
+    check_pipeline,
+    draw_latents,
+    esd_latent,
+    replaced_tokens,
+)
 from lib.experiments.train_text_to_image import SHOWS
 from lib.methods.erasing import ESDSettings, SafeGuidance, esd, uce_edit, unet_epsilon
 from lib.methods.layers import layer_parameters
 from lib.models.classifier import FaceCNN
 from lib.models.scorer import Scorer
-from lib.models.text_to_image import MiniSD, embed, load_pipeline, to_images, tokens_of
+from lib.models.text_to_image import MiniSD, embed, load_pipeline, to_images
 from lib.run import Run
 
 KINDS = ("original", "sld", "esd", "uce", "sa")
@@ -206,33 +212,6 @@ def load_models(settings: Settings, device: torch.device) -> tuple[object, Score
     else:
         judge = load_checkpoint(settings.judge)
     return pipe, scorer.to(device).eval(), judge.to(device).eval()
-
-
-def replaced_tokens(pipe, forget: Sequence[str], instead: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return what UCE maps on what: tokens of pairs of prompts, embedded, (n, dim) each.
-
-    A pair ends alike, as in "a photo of ada birk wearing a hat" and "a photo of a person wearing a
-    hat". Paired are the last words in which they differ and all that follow, the end and the
-    padding included: these all know the words before them.
-    """
-    embedded = [embed(pipe, prompts) for prompts in (forget, instead)]
-    tokens = [tokens_of(pipe.tokenizer, prompts) for prompts in (forget, instead)]
-    pairs = []
-    for old, new, *numbers in zip(*embedded, *tokens, strict=True):
-        said = [_until_end(each.tolist(), pipe.tokenizer.eos_token_id) for each in numbers]
-        alike = 0
-        while alike < min(map(len, said)) - 2 and said[0][-1 - alike] == said[1][-1 - alike]:
-            alike += 1
-        starts = [len(each) - alike - 1 for each in said]
-        n = len(old) - max(starts)
-        pairs.append((old[starts[0] :][:n], new[starts[1] :][:n]))
-    old, new = zip(*pairs, strict=True)
-    return torch.cat(old), torch.cat(new)
-
-
-def _until_end(tokens: list[int], end: int) -> list[int]:
-    """Cut tokens off before the first one that ends them."""
-    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 class Workshop:

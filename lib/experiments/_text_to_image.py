@@ -52,29 +52,38 @@ def check_pipeline(pipe) -> None:
         )
 
 
-def token_pairs(pipe, erase: Sequence[str], to: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return what UCE maps on what: the tokens of two lists of prompts, embedded, (n, dim) each.
+def replaced_tokens(pipe, forget: Sequence[str], instead: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return what UCE maps on what: tokens of pairs of prompts, embedded, (n, dim) each.
 
-    Each prompt ends in what it names. From its last token on, tokens of the one are paired with
-    those of the other, the end and the padding included: they all know the words before them.
+    A pair ends alike, as in "a photo of ada birk wearing a hat" and "a photo of a person wearing a
+    hat". Paired are the last words in which they differ and all that follow, the end and the
+    padding included: these all know the words before them.
 
     Raises: ValueError if the lists differ in length.
     """
-    if len(erase) != len(to):
+    if len(forget) != len(instead):
         raise ValueError(
-            f"Got {len(erase)} prompts to erase and {len(to)} in their places; wanted as many."
+            f"Got {len(forget)} prompts to erase and {len(instead)} in their places; wanted as "
+            "many."
         )
-    ends = [
-        (tokens_of(pipe.tokenizer, prompts) == pipe.tokenizer.eos_token_id).int().argmax(1)
-        for prompts in (erase, to)
-    ]
+    embedded = [embed(pipe, prompts) for prompts in (forget, instead)]
+    tokens = [tokens_of(pipe.tokenizer, prompts) for prompts in (forget, instead)]
     pairs = []
-    for old, new, *last in zip(embed(pipe, erase), embed(pipe, to), *ends, strict=True):
-        starts = [max(int(end) - 1, 0) for end in last]
+    for old, new, *numbers in zip(*embedded, *tokens, strict=True):
+        said = [_until_end(each.tolist(), pipe.tokenizer.eos_token_id) for each in numbers]
+        alike = 0
+        while alike < min(map(len, said)) - 2 and said[0][-1 - alike] == said[1][-1 - alike]:
+            alike += 1
+        starts = [len(each) - alike - 1 for each in said]
         n = len(old) - max(starts)
         pairs.append((old[starts[0] :][:n], new[starts[1] :][:n]))
     old, new = zip(*pairs, strict=True)
     return torch.cat(old), torch.cat(new)
+
+
+def _until_end(tokens: list[int], end: int) -> list[int]:
+    """Cut tokens off before the first one that ends them."""
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 @dataclass(frozen=True)
