@@ -27,6 +27,16 @@ STIFFNESS = 10.0  # of a refusal: a tenth of a unit of the latents is a safe dis
 
 
 @dataclass(frozen=True)
+class Inversion:
+    """Held-out pictures to look for: ``n_targets`` of what was forgotten, as many of the rest."""
+
+    n_targets: int
+    rounds: int
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
 class System:
     """What stands between an adversary and a picture: a model, and perhaps a rule beside it.
 

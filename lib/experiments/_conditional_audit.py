@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.experiments._attack import Inversion
 from lib.experiments._conditional_kinds import Kind
 from lib.experiments._digits import Digits
 from lib.methods.audit import Inverted, hidden_features, invert, linear_probe, relearn
@@ -35,16 +36,6 @@ class Relearning:
     def __post_init__(self):
         if self.report not in self.at:
             raise ValueError(f"report is {self.report}; choose one of the steps {list(self.at)}")
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """Held-out pictures to look for: ``n_targets`` of the digit and as many of the others."""
-
-    n_targets: int
-    rounds: int
-    steps: int
-    lr: float
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.experiments._attack import Opinions, Way, margins_of, outcome
+from lib.experiments._attack import Inversion, Opinions, Way, margins_of, outcome
 from lib.experiments._digits import Digits, unit
 from lib.experiments._unconditional_contenders import Contender, Yardstick, seeded
 from lib.experiments._unlearning import Subject, as_uint8
@@ -30,16 +30,6 @@ class Relearning:
     lr: float
     batch: int
     n_samples: int
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """Held-out pictures to look for, ``n_targets`` of the digit and as many of others."""
-
-    n_targets: int
-    rounds: int
-    steps: int
-    lr: float
 
 
 @dataclass(frozen=True)

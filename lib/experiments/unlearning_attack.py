@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.experiments._attack import (
+    Inversion,
     Opinions,
     SecondJudge,
     System,
@@ -44,16 +45,6 @@ from lib.run import Run
 
 LATENTS_SEED = 2000  # of the samples that shares are measured on
 N_CANDIDATES = 2000  # held-out pictures that are looked through for some with the feature
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """Real pictures to look for in each model: as many with the feature as without it."""
-
-    n_targets: int
-    rounds: int
-    lr: float
-    steps: int
 
 
 @dataclass(frozen=True)
