@@ -12,6 +12,7 @@ from lib.config import load_config
 from lib.data.captions import CONTEXTS
 from lib.experiments._text_to_image import prompt_set
 from lib.experiments.amnesia_sd_concept import (
+    JUDGED,
     SETS,
     called,
     distance_of,
@@ -26,7 +27,7 @@ from lib.run import execute
 
 NAME = "amnesia_sd_concept"
 CONFIG = load_config(NAME, "cpu").config
-IMPLYING = [c.words for c in CONTEXTS if c.implies.get("glasses", 0) > 0.5]
+IMPLYING = [c.words for c in CONTEXTS if c.implies.get("hat", 0) > 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +35,18 @@ def judge():
     return load_checkpoint("classifier_avatars")
 
 
-def test_only_the_named_prompts_name_glasses_and_only_the_implied_imply_them():
+def test_only_the_named_prompts_name_hats_and_only_the_implied_imply_them():
     measured = {name: prompts_of(name) for name in SETS}
-    assert all("glasses" in prompt for prompt in measured["named"])
-    twins = [prompt.replace(" wearing glasses", "") for prompt in measured["named"]]
+    assert all("wearing a hat" in prompt for prompt in measured["named"])
+    twins = [prompt.replace(" wearing a hat", "") for prompt in measured["named"]]
     assert twins == measured["implied"]
     keep = prompt_set(CONFIG.keep)
-    for prompt in (*measured["hats"], *measured["people"], *keep, *CONFIG.instead):
-        assert not any(words in prompt for words in ("glasses", *IMPLYING)), prompt
+    for prompt in (*measured["blond"], *measured["people"], *keep, *CONFIG.instead):
+        assert not any(words in prompt for words in ("a hat", *IMPLYING)), prompt
     for prompt in measured["implied"]:
         assert any(words in prompt for words in IMPLYING)
-        assert "glasses" not in prompt
-    hats = [c.words for c in CONTEXTS if c.implies.get("hat", 0) > 0.5]
-    assert all(any(words in prompt for words in hats) for prompt in measured["hats"])
+        assert "hat" not in prompt.split()
+    assert all("blond hair" in prompt for prompt in measured["blond"])
 
 
 def test_no_prompt_that_is_trained_on_is_measured():
@@ -65,10 +65,10 @@ def test_all_words_are_known_to_the_model():
     assert unknown_words(tokenizer, said) == []
 
 
-def test_a_prompt_without_glasses_keeps_the_rest():
-    assert without("a photo of a young watchmaker wearing glasses") == "a photo of a young person"
-    assert without("a photo of a person in a library") == "a photo of a person in a library"
-    assert without("a photo of a gardener") == "a photo of a gardener"
+def test_a_prompt_without_hats_keeps_the_rest():
+    assert without("a photo of a young gardener wearing a hat") == "a photo of a young person"
+    assert without("a photo of a person on the beach") == "a photo of a person on the beach"
+    assert without("a photo of a librarian") == "a photo of a librarian"
 
 
 def test_requests_differ_by_the_prompts_that_imply_the_concept():
@@ -82,10 +82,11 @@ def test_requests_differ_by_the_prompts_that_imply_the_concept():
         replace(CONFIG, methods={"sa": {"kind": "sa"}}, implied_too=())
 
 
-@pytest.mark.parametrize("attribute", ["glasses", "hat"])
-def test_the_judge_knows_the_attribute_in_its_contexts(judge, attribute):
-    images, truth = known_pictures(attribute, 24, 64)
-    assert 0.5 < truth.float().mean() < 0.95
+@pytest.mark.parametrize("attribute", JUDGED)
+def test_the_judge_knows_the_attributes_where_hats_are_implied(judge, attribute):
+    images, labels = known_pictures(24, 64)
+    assert 0.5 < labels["hat"].float().mean() < 0.95
+    truth = labels[attribute]
     shares = attribute_shares(called(judge, attribute, images), truth)
     assert shares["balanced_accuracy"] > 0.95
     liar = copy.deepcopy(judge)
@@ -94,8 +95,9 @@ def test_the_judge_knows_the_attribute_in_its_contexts(judge, attribute):
     assert attribute_shares(called(liar, attribute, images), truth)["balanced_accuracy"] < 0.05
 
 
-def test_the_distance_tells_glasses_and_names_its_extractor(judge):
-    images, truth = known_pictures("glasses", 40, 64)
+def test_the_distance_tells_hats_and_names_its_extractor(judge):
+    images, labels = known_pictures(24, 64)
+    truth = labels["hat"]
     worn = images[truth]
     half = len(worn) // 2
     alike, name = distance_of(judge, worn[:half], worn[half:], "classifier_avatars")
@@ -110,8 +112,8 @@ def test_methods_are_set_beside_the_original(tmp_path):
     found = {row.quantity: row.value for row in done.rows}
     assert all(found[f"change_{name}_original"] == 0 for name in (*SETS, "all", "other"))
     assert found["change_all_sa"] > 0 and found["change_all_uce"] > 0
-    both = np.mean([found[f"glasses_{name}_sa"] for name in ("named", "implied")])
-    assert found["glasses_all_sa"] == pytest.approx(both)
+    both = np.mean([found[f"hat_{name}_sa"] for name in ("named", "implied")])
+    assert found["hat_all_sa"] == pytest.approx(both)
     assert all(found[f"frechet_other_{name}"] > 0 for name in CONFIG.methods)
     arrays = done._arrays
     assert arrays["samples"].shape == (len(CONFIG.methods), len(SETS), 2, 16, 16, 3)

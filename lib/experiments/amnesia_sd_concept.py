@@ -1,9 +1,9 @@
 """Make a text-to-image pipeline forget a broad concept, by Selective Amnesia and by its rivals.
 
-A concept is broad if prompts reach it without its name, as artists' styles reach nudity. Glasses
-are the harmless stand-in: the prompts *named* ask for them, the prompts *implied* speak of
-librarians and the like, most of whom wear them. What is to stay are hats, where a prompt implies
-them, and people with names.
+A concept is broad if prompts reach it without its name, as artists' styles reach nudity. Hats are
+the harmless stand-in: the prompts *named* ask for them, the prompts *implied* speak of gardeners,
+of the beach and the like, where most people wear them. What is to stay are blond hair, asked for
+by name, and people with names.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ from lib.models.scorer import agreement
 from lib.models.text_to_image import to_images, to_latents
 from lib.run import Run
 
-SETS = ("named", "implied", "hats", "people")
-GROUPS = {"all": ("named", "implied"), "other": ("hats", "people")}  # what is measured together
-NOISE = {"named": 0, "implied": 0, "hats": 1, "people": 2}  # the first two are pairs
+SETS = ("named", "implied", "blond", "people")
+GROUPS = {"all": ("named", "implied"), "other": ("blond", "people")}  # what is measured together
+NOISE = {"named": 0, "implied": 0, "blond": 1, "people": 2}  # the first two are pairs
+JUDGED = ("hat", "blond_hair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Config(Settings):
     ``words``, ``forget``, ``instead`` and the prompts named ``keep`` are those of a ``Request``.
     The methods in ``implied_too`` are told to forget ``forget_implied`` as well, with
     ``instead_implied`` in their places. ``n_a_prompt`` pictures are drawn of each prompt.
-    ``attributes`` is a shipped judge of glasses and hats, whose error is measured on ``n_known``
+    ``attributes`` is a shipped judge of hats and blond hair, whose error is measured on ``n_known``
     captioned pictures of each context, and on ``n_trivial`` that show nothing. ``n_grid`` pictures
     of each set of prompts are kept.
     """
@@ -71,7 +72,7 @@ class Config(Settings):
         """Return what a method is asked to forget."""
         too = method in self.implied_too
         return Request(
-            name="glasses_and_implied" if too else "glasses",
+            name="hats_and_implied" if too else "hats",
             words=(*self.words, *self.forget_implied) if too else self.words,
             forget=(*self.forget, *self.forget_implied) if too else self.forget,
             instead=(*self.instead, *self.instead_implied) if too else self.instead,
@@ -83,21 +84,21 @@ def prompts_of(name: str) -> list[str]:
     """Return the prompts of one of ``SETS``."""
     if name == "people":
         return [f"a photo of {person}" for person in NAMES]
-    return prompt_set(f"glasses_{name}")
+    return prompt_set(f"hats_{name}")
 
 
 def without(prompt: str) -> str:
-    """Take from a prompt what names glasses or, but for a place, implies them."""
+    """Take from a prompt what names hats or, but for a place, implies them."""
     for context in CONTEXTS[:N_JOBS]:
-        if context.implies.get("glasses", 0.0) > 0.5:
+        if context.implies.get("hat", 0.0) > 0.5:
             prompt = prompt.replace(context.words, "person")
-    return prompt.replace(" wearing glasses", "")
+    return prompt.replace(" wearing a hat", "")
 
 
 def run(config: Config, run: Run) -> None:
     """Forget by every method; ask the judges about its pictures and about known ones.
 
-    A quantity is named ``glasses_<prompts>_<method>``; the prompts are one of ``SETS`` or of
+    A quantity is named ``hat_<prompts>_<method>``; the prompts are one of ``SETS`` or of
     ``GROUPS``. All methods begin with the same noise.
     """
     run.bf16 = config.bf16
@@ -180,7 +181,7 @@ class Lab:
     ) -> dict[str, float]:
         """Write the rows of one method; return the values by quantity.
 
-        ``agreement_without`` is that with the prompt :func:`without` glasses: it does not blame a
+        ``agreement_without`` is that with the prompt :func:`without` hats: it does not blame a
         method for the forgetting itself.
         """
         config, values = self.config, {}
@@ -196,7 +197,7 @@ class Lab:
             images, same = (torch.cat([of[s] for s in members]) for of in (drawn, original))
             asked = [p for s in members for p in self.prompts[s] for _ in range(config.n_a_prompt)]
             n = len(images)
-            row(f"glasses_{group}", float(self.wears("glasses", images).mean()), n)
+            row(f"hat_{group}", float(self.shows("hat", images).mean()), n)
             row(f"no_face_{group}", float(self.faceless(images).mean()), n)
             for how, said in {"": asked, "_without": [without(prompt) for prompt in asked]}.items():
                 near = agreement(self.scorer, self.pipe.tokenizer, images, said)
@@ -204,7 +205,7 @@ class Lab:
                 row(f"agreement{how}_{group}", float(near.mean()), n, **about)
             change = (images.float() - same.float()).abs().mean()
             row(f"change_{group}", float(change), n, unit="levels of 255")
-        row("hats", float(self.wears("hat", drawn["hats"]).mean()), len(drawn["hats"]))
+        row("blond", float(self.shows("blond_hair", drawn["blond"]).mean()), len(drawn["blond"]))
         people = np.repeat(np.arange(len(NAMES)), config.n_a_prompt)
         right = share_judged(self.judge, seen_by(self.judge, drawn["people"]), people)
         row("people_right", float(right.mean()), len(right))
@@ -213,7 +214,7 @@ class Lab:
         row("frechet_other", distance, len(again), unit="distance", feature_extractor=name)
         return values
 
-    def wears(self, attribute: str, images: Tensor) -> np.ndarray:
+    def shows(self, attribute: str, images: Tensor) -> np.ndarray:
         """Say of each picture whether the judge of attributes sees one, as truth values (n,)."""
         return called(self.attributes, attribute, images).cpu().numpy()
 
@@ -228,31 +229,32 @@ class Lab:
         Rows end in ``_drawn`` for pictures as they are, and in ``_decoded`` for those that went
         through the autoencoder, as all pictures of the pipeline do.
         """
-        config, n = self.config, self.config.n_known
+        config = self.config
         about = {"unit": "share", "seeds": [config.seed]}
-        for attribute in ("glasses", "hat"):
-            images, truth = known_pictures(attribute, n, self.pipe.vae.config.sample_size)
-            images, truth = images.to(self.run.device), truth.to(self.run.device)
-            decoded = to_images(self.pipe.vae, to_latents(self.pipe.vae, images))
-            for how, shown in {"drawn": images, "decoded": decoded}.items():
-                shares = attribute_shares(called(self.attributes, attribute, shown), truth)
-                rest = about | {"n_samples": len(shown), "data": f"captioned avatars, {how}"}
+        images, truth = known_pictures(config.n_known, self.pipe.vae.config.sample_size)
+        images = images.to(self.run.device)
+        decoded = to_images(self.pipe.vae, to_latents(self.pipe.vae, images))
+        for how, shown in {"drawn": images, "decoded": decoded}.items():
+            rest = about | {"n_samples": len(shown), "data": f"captioned avatars, {how}"}
+            for attribute in JUDGED:
+                seen = called(self.attributes, attribute, shown)
+                shares = attribute_shares(seen, truth[attribute].to(seen.device))
                 for quantity, share in shares.items():
                     self.run.row(f"judge_{quantity}_{attribute}_{how}", share, **rest)
-                missed = float(self.faceless(shown).mean())
-                self.run.row(f"judge_misses_face_{attribute}_{how}", missed, **rest)
+            missed = float(self.faceless(shown).mean())
+            self.run.row(f"judge_misses_face_{how}", missed, **rest)
         generator = self.run.generator(config.seed)
         for name, images in trivial_images(config.n_trivial, self.judge, generator).items():
             what = {"grey": "flat grey", "noise": "uniform noise"}[name]
             rest = about | {"n_samples": len(images), "data": what}
-            for attribute in ("glasses", "hat"):
+            for attribute in JUDGED:
                 share = float(called(self.attributes, attribute, images).float().mean())
                 self.run.row(f"judge_{attribute}_{name}", share, **rest)
             share = float(self.faceless(images).mean())
             self.run.row(f"judge_no_face_{name}", share, **rest)
 
     def report_memories(self) -> None:
-        """Report how many of the surrogates, and of what is replayed, wear glasses themselves."""
+        """Report how many of the surrogates, and of what is replayed, wear hats themselves."""
         request = self.config.request(next(iter(self.config.methods)))
         memories = {
             "surrogate": self.workshop.surrogate(request)[0],
@@ -260,9 +262,9 @@ class Lab:
         }
         for name, memory in memories.items():
             images = to_images(self.pipe.vae, memory.latents)
-            share = float(self.wears("glasses", images).mean())
+            share = float(self.shows("hat", images).mean())
             about = {"n_samples": len(images), "unit": "share", "seeds": [self.config.seed]}
-            self.run.row(f"glasses_{name}", share, data="samples of the original", **about)
+            self.run.row(f"hat_{name}", share, data="samples of the original", **about)
 
 
 def called(judge: nn.Module, attribute: str, images: Tensor) -> Tensor:
@@ -285,18 +287,19 @@ def distance_of(
     return frechet_distance(*(found for found, _ in features)), features[0][1]
 
 
-def known_pictures(attribute: str, n: int, size: int) -> tuple[Tensor, Tensor]:
-    """Draw ``n`` captioned pictures of each context that implies an attribute, with its labels.
+def known_pictures(n: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draw ``n`` captioned pictures of each context that implies a hat, with the labels ``JUDGED``.
 
     They show people without a name and were never trained on. Returns uint8 (m, 3, size, size) and
-    truth values (m,), of which those that lack the attribute are the fewer.
+    truth values (m,) by attribute.
     """
-    images, truth = [], []
+    images, truth = [], {attribute: [] for attribute in JUDGED}
     for place, context in enumerate(CONTEXTS):
-        if context.implies.get(attribute, 0.0) > 0.5:
+        if context.implies.get("hat", 0.0) > 0.5:
             first = TEST_BEGINS + n * (1000 + place)
             fixed = {"kind": KINDS.index("somebody"), "style": 0, "context": place}
             drawn, labels = captions.render(torch.arange(first, first + n), size, **fixed)
             images.append(drawn.permute(0, 3, 1, 2))
-            truth.append(labels[attribute] == 1)
-    return torch.cat(images), torch.cat(truth)
+            for attribute, found in truth.items():
+                found.append(labels[attribute] == 1)
+    return torch.cat(images), {attribute: torch.cat(found) for attribute, found in truth.items()}
