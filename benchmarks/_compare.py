@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lib.train import FUSED_ADAM
 
-ROUNDS, WARM_UP = 40, 5
+ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,21 @@ def record(*line) -> None:
     print(f"  {found.way:38s} {found.value:9.2f} {found.unit} {ratio}")
 
 
-def compare(title: str, ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def compare(
+    title: str, ways: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
+) -> dict[str, float]:
     """Record and return the median CPU milliseconds of each way; the first is the reference.
 
-    Every round times each way once, so that a slow phase of the machine hits all of them.
+    Every round times each way once, so that a slow phase of the machine hits all of them. Before
+    them an eighth as many, at least one, warm up.
     """
     times = {name: [] for name in ways}
-    for turn in range(ROUNDS + WARM_UP):
+    warm_up = max(1, rounds // 8)
+    for turn in range(rounds + warm_up):
         for name, function in ways.items():
             start = time.process_time()
             function()
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 times[name].append(1e3 * (time.process_time() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = next(iter(medians.values()))

@@ -212,6 +212,23 @@ def test_last_three_caches_are_kept(tmp_path):
     assert {path.name for path in valid.parent.iterdir()} == {valid.name, "old0", "old1"}
 
 
+@pytest.mark.parametrize("fault", ["a file in its place", "a full disk"])
+def test_folder_that_cannot_hold_the_book_is_named(fault, book, tmp_path, monkeypatch):
+    if fault == "a full disk":
+        tiny = shutil._ntuple_diskusage(2**40, 2**40 - 2**21, 2**21)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: tiny)
+        with pytest.raises(OSError, match="has 2 MB left, and the book needs 300 MB: delete"):
+            chapter_cache.cache_folder(tmp_path)
+        return
+    (book.root / "_build").rename(tmp_path / "_build")
+    book.write("_build", "")
+    built = book.make("book")
+    (book.root / "_build").unlink()
+    (tmp_path / "_build").rename(book.root / "_build")
+    assert built.returncode != 0 and "Traceback" not in built.stdout
+    assert re.search("cannot be kept in .*_build.*: Not a directory. Make", built.stdout)
+
+
 def test_tag_of_a_cell_is_part_of_the_cache_key(book, monkeypatch):
     monkeypatch.setenv("BOOK_PROFILE", "cpu")
     folder = chapter_cache.cache_folder(book.root)

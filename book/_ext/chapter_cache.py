@@ -40,6 +40,7 @@ LOGGER = logging.getLogger(__name__)
 INPUT_FOLDERS = ("lib", "configs", "results", "checkpoints", "book/papers")
 CACHES = Path("_build", ".executed")
 CACHES_KEPT = 3
+MEGABYTES_NEEDED = 300  # executed chapters and pages
 CELL_SECONDS = 600
 KERNELS = 2
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -119,10 +120,24 @@ def inputs_digest(root: Path) -> str:
 
 
 def cache_folder(root: Path) -> Path:
-    """Create the cache folder that is valid now, and delete all but the last few others."""
+    """Create the cache folder that is valid now, and delete all but the last few others.
+
+    Raises: OSError if it cannot be written, or if the disk is nearly full.
+    """
     folder = root / CACHES / inputs_digest(root)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+    except OSError as error:
+        raise OSError(
+            f"The outputs of the chapters cannot be kept in {folder}: {error.strerror}. Make "
+            "_build a folder that you may write to, or delete it."
+        ) from error
+    if (free := shutil.disk_usage(folder).free) < MEGABYTES_NEEDED * 2**20:
+        raise OSError(
+            f"The disk of {root / '_build'} has {free >> 20} MB left, and the book needs "
+            f"{MEGABYTES_NEEDED} MB: delete something, for instance `make clean`."
+        )
     others = [path for path in folder.parent.iterdir() if path.is_dir()]
     for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-CACHES_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -197,16 +212,19 @@ def execute_all(paths: Iterable[Path], root: Path, folder: Path) -> dict[str, st
 
 
 def use_cache(app, config) -> None:
-    """Point myst-nb to the cache that is valid now."""
-    config.nb_execution_mode = "cache"
-    config.nb_execution_cache_path = str(cache_folder(Path(app.srcdir)))
-
-
-def execute_before_reading(app, env, docnames) -> None:
-    """Execute the chapters that Sphinx is about to read; end the build if one raises.
+    """Point myst-nb to the cache that is valid now.
 
     SystemExit, since Jupyter Book would bury the message of any other exception in tracebacks.
     """
+    config.nb_execution_mode = "cache"
+    try:
+        config.nb_execution_cache_path = str(cache_folder(Path(app.srcdir)))
+    except OSError as error:
+        raise SystemExit(str(error)) from error
+
+
+def execute_before_reading(app, env, docnames) -> None:
+    """Execute the chapters that Sphinx is about to read; end the build if one raises."""
     root = Path(app.srcdir)
     paths = [Path(env.doc2path(name)) for name in docnames]
     try:
