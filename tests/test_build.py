@@ -212,21 +212,22 @@ def test_last_three_caches_are_kept(tmp_path):
     assert {path.name for path in valid.parent.iterdir()} == {valid.name, "old0", "old1"}
 
 
-@pytest.mark.parametrize("fault", ["a file in its place", "a full disk"])
-def test_folder_that_cannot_hold_the_book_is_named(fault, book, tmp_path, monkeypatch):
-    if fault == "a full disk":
-        tiny = shutil._ntuple_diskusage(2**40, 2**40 - 2**21, 2**21)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: tiny)
-        with pytest.raises(OSError, match="has 2 MB left, and the book needs 300 MB: delete"):
-            chapter_cache.cache_folder(tmp_path)
-        return
-    (book.root / "_build").rename(tmp_path / "_build")
-    book.write("_build", "")
+def test_folder_that_cannot_be_written_is_named_without_a_traceback(book, tmp_path):
+    executed = book.root / chapter_cache.CACHES
+    executed.rename(tmp_path / "kept")
+    executed.write_text("not a folder", "utf8")
     built = book.make("book")
-    (book.root / "_build").unlink()
-    (tmp_path / "_build").rename(book.root / "_build")
+    executed.unlink()
+    (tmp_path / "kept").rename(executed)
     assert built.returncode != 0 and "Traceback" not in built.stdout
     assert re.search("cannot be kept in .*_build.*: Not a directory. Make", built.stdout)
+
+
+def test_full_disk_is_named_before_anything_is_executed(tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))(2**40, 2**40 - 2**21, 2**21)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="has 2 MB left, and the book needs 300 MB: delete"):
+        chapter_cache.cache_folder(tmp_path)
 
 
 def test_tag_of_a_cell_is_part_of_the_cache_key(book, monkeypatch):

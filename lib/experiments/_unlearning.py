@@ -7,8 +7,11 @@ one differentiable score, and a picture has it where the score is at least 0.
 """
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +33,14 @@ from lib.metrics.image_features import slant, stroke_width, top_threshold
 from lib.models.classifier import DigitJudge, FaceCNN, predict_logits
 from lib.models.conv_vae import ConvVAE
 from lib.models.gan import StyleGenerator
+from lib.models.stylegan2 import StyleGAN2, load_stylegan2, to_port
 
 RULERS = {"thick": stroke_width, "left_slant": lambda images: -slant(images)}
 UNITS = {"thick": "pixels", "left_slant": "degrees"}  # of scores; those of attributes are logits
 TOP_SHARE = 0.1
 SPACES = ("z", "w", "layers")
 CHUNK = 500
+CHUNK_PIXELS = CHUNK * 64**2  # larger pictures are decoded in smaller chunks
 MARKS_SEED = 7000  # plus a user's seed, so that nobody marks what is trained on
 
 
@@ -43,7 +48,8 @@ MARKS_SEED = 7000  # plus a user's seed, so that nobody marks what is trained on
 class SubjectConfig:
     """A base model and its features.
 
-    ``base`` is a checkpoint, or ``random_vae`` or ``random_gan`` for an untrained one. ``space`` is
+    ``base`` is a checkpoint, or a file of StyleGAN2 in ``$BOOK_DATA`` whose name ends in .pt, or
+    ``random_vae``, ``random_gan`` or ``random_stylegan2`` for an untrained one. ``space`` is
     where latents live: ``z``, or of a GAN ``w`` or ``layers``, one style w a resolution.
     ``features`` are names of ``RULERS``, or attributes that the ``judge`` knows; its opinion on
     everything else is what should be kept, and its features are those of Fréchet distances.
@@ -139,7 +145,8 @@ class Subject:
     @torch.no_grad()
     def pictures(self, model: nn.Module, z: Tensor) -> Tensor:
         """Return the pictures of latents as floats in [0, 1], without gradients, in chunks."""
-        return torch.cat([self.to_unit(self.decode(model, part)) for part in z.split(CHUNK)])
+        chunk = min(CHUNK, max(1, CHUNK_PIXELS // self.model.image_shape[1] ** 2))
+        return torch.cat([self.to_unit(self.decode(model, part)) for part in z.split(chunk)])
 
     def score(self, name: str, images: Tensor) -> Tensor:
         """Return how much of a feature each picture has, at least 0 for those that have it.
@@ -190,14 +197,7 @@ def load_subject(config: SubjectConfig, device: torch.device) -> Subject:
     An untrained base draws no feature, so the limits of one are the medians of its own samples.
     Raises: ValueError if the judge does not know a feature, or a VAE is to have styles.
     """
-    if config.base.startswith("random"):
-        channels = 1 if config.data in DIGITS else 3
-        shape = (channels, config.size, config.size)
-        kind = StyleGenerator if config.base == "random_gan" else ConvVAE
-        model = kind(shape, (8, 8), 4)
-    else:
-        model = load_checkpoint(config.base)
-    model = model.to(device).eval().requires_grad_(False)
+    model = load_base(config).to(device).eval().requires_grad_(False)
     if config.judge == "random":
         names = (*config.features, "another")
         judge = FaceCNN(len(names), model.image_shape, names)
@@ -221,6 +221,23 @@ def load_subject(config: SubjectConfig, device: torch.device) -> Subject:
         train = Digits.load(config.data, "train", config.size, device).images
         limits |= {name: top_threshold(subject.scores(name, train), TOP_SHARE) for name in ruled}
     return replace(subject, limits=limits)
+
+
+def load_base(config: SubjectConfig) -> nn.Module:
+    """Load the base, or build an untrained one; that of StyleGAN2 goes through a file as well."""
+    if config.base.endswith(".pt"):
+        return load_stylegan2(Path(os.environ.get("BOOK_DATA", "no BOOK_DATA")) / config.base)
+    if not config.base.startswith("random"):
+        return load_checkpoint(config.base)
+    kinds = {"random_gan": StyleGenerator, "random_stylegan2": StyleGAN2}
+    shape = (1 if config.data in DIGITS else 3, config.size, config.size)
+    model = kinds.get(config.base, ConvVAE)(shape, (8, 8), 4)
+    if not isinstance(model, StyleGAN2):
+        return model
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "untrained.pt"
+        torch.save({"g_ema": to_port(model)}, path)
+        return load_stylegan2(path)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class Config(SubjectConfig):
 
     A user sees ``clicks`` samples and gets the share ``error_rate`` of them wrong. ``percentile``
     null is the paper's threshold, the mean. ``joint`` names two features to unlearn together.
-    ``n_shown`` pictures a feature are kept for a figure, and ``n_trivial`` of noise are judged.
-    ``scorer`` is a classifier for an inception-type score, null for none.
+    ``n_shown`` pictures a feature are kept for a figure, with 0 no picture at all, and
+    ``n_trivial`` of noise are judged. ``scorer`` is a classifier for an inception-type score, null for none.
     """
 
     clicks: int
@@ -64,6 +64,11 @@ class Config(SubjectConfig):
         known = set(self.joint) <= set(self.features)
         if self.joint and not (known and len(set(self.joint)) == 2):
             raise ValueError(f"joint is {list(self.joint)}, wanted none or two of the features")
+        if self.n_shown and self.base.endswith(".pt"):
+            raise ValueError(
+                f"n_shown is {self.n_shown}, wanted 0 for {self.base}: what looks like a photograph "
+                "of a person is not kept"
+            )
 
 
 def run(config: Config, run: Run) -> None:
@@ -83,7 +88,7 @@ def run(config: Config, run: Run) -> None:
             marked_by_user(subject, name, config.clicks, config.error_rate, seed)
             for seed in config.seeds
         ]
-        shown |= seen_by_user(users[0], name)
+        shown |= seen_by_user(users[0], name) if config.n_shown else {}
         n_marked = [len(user.marks.positives) for user in users]
         report.row("marked", name, n_marked, "pictures", n=config.clicks)
         if not all(user.is_enough for user in users):
