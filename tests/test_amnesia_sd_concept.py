@@ -114,6 +114,7 @@ def test_methods_are_set_beside_the_original(tmp_path):
     assert found["change_all_sa"] > 0 and found["change_all_uce"] > 0
     both = np.mean([found[f"hat_{name}_sa"] for name in ("named", "implied")])
     assert found["hat_all_sa"] == pytest.approx(both)
+    assert all(0 <= found[f"hat_taught_{name}"] <= 1 for name in CONFIG.methods)
     assert all(found[f"frechet_other_{name}"] > 0 for name in CONFIG.methods)
     arrays = done._arrays
     assert arrays["samples"].shape == (len(CONFIG.methods), len(SETS), 2, 16, 16, 3)

@@ -99,7 +99,7 @@ def run(config: Config, run: Run) -> None:
     """Forget by every method; ask the judges about its pictures and about known ones.
 
     A quantity is named ``hat_<prompts>_<method>``; the prompts are one of ``SETS`` or of
-    ``GROUPS``. All methods begin with the same noise.
+    ``GROUPS``, or *taught*: the config's ``words``. All methods begin with the same noise.
     """
     run.bf16 = config.bf16
     Lab(config, run).work()
@@ -130,8 +130,12 @@ class Lab:
         for name in config.methods:
             part = run.part(f"pictures-{name}", partial(self.draw, name))
             drawn[name] = {s: torch.from_numpy(part[s]).to(run.device) for s in SETS}
-            about = {"unit": "s", "data": "prompts alone", "seeds": [config.seed]}
-            run.row(f"seconds_{name}", float(part["seconds"]), n_samples=1, **about)
+            about = {"data": "prompts alone", "seeds": [config.seed]}
+            run.row(f"seconds_{name}", float(part["seconds"]), unit="s", n_samples=1, **about)
+            part = run.part(f"taught-{name}", partial(self.taught, name))
+            images = torch.from_numpy(part["taught"]).to(run.device)
+            share = float(self.shows("hat", images).mean())
+            run.row(f"hat_taught_{name}", share, unit="share", n_samples=len(images), **about)
         original = drawn[next(iter(drawn))]
         again = self.again()
         tables = [self.report(name, each, original, again) for name, each in drawn.items()]
@@ -153,6 +157,15 @@ class Lab:
         """Make a method's eraser and draw all prompts with it, uint8 (n, 3, height, width)."""
         eraser = self.workshop.make(method, self.config.request(method))
         return {"seconds": np.float64(eraser.seconds), **self.pictures(eraser, SETS, 5000)}
+
+    def taught(self, method: str) -> dict[str, np.ndarray]:
+        """Draw the words a method was taught with, as many pictures as of the named prompts."""
+        config = self.config
+        eraser = self.workshop.make(method, config.request(method))
+        each = max(1, len(self.prompts["named"]) * config.n_a_prompt // len(config.words))
+        generator = self.run.generator(config.seed + 7000)
+        images = eraser.draw(config.words, each, config.drawing, generator)
+        return {"taught": images.cpu().numpy()}
 
     def pictures(self, eraser, sets: Sequence[str], seed: int) -> dict[str, np.ndarray]:
         """Draw prompts; a prompt that names the concept shares its noise with its twin."""
