@@ -20,7 +20,7 @@ from lib.checkpoints import write_atomically
 from lib.machine import cores, processor
 from lib.run import current_commit
 
-PACKAGES = ("torch", "diffusers", "normflows", "zuko")
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "normflows", "zuko")
 TABLE = ROOT / "book/tables/benchmarks.json"
 
 

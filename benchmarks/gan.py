@@ -79,7 +79,7 @@ def main() -> None:
                 "ours": training_steps(ours, batch),
             },
         )
-        what = f"{name}, {every} training steps with R1, 1 CPU thread"
+        what = f"{name}, {every} training steps on {batch} images with R1, 1 CPU thread"
         medians = compare(
             what,
             {
