@@ -43,7 +43,8 @@ class Config(SubjectConfig):
     A user sees ``clicks`` samples and gets the share ``error_rate`` of them wrong. ``percentile``
     null is the paper's threshold, the mean. ``joint`` names two features to unlearn together.
     ``n_shown`` pictures a feature are kept for a figure, with 0 no picture at all, and
-    ``n_trivial`` of noise are judged. ``scorer`` is a classifier for an inception-type score, null for none.
+    ``n_trivial`` of noise are judged. ``scorer`` is a classifier for an inception-type score, null
+    for none.
     """
 
     clicks: int
@@ -66,8 +67,8 @@ class Config(SubjectConfig):
             raise ValueError(f"joint is {list(self.joint)}, wanted none or two of the features")
         if self.n_shown and self.base.endswith(".pt"):
             raise ValueError(
-                f"n_shown is {self.n_shown}, wanted 0 for {self.base}: what looks like a photograph "
-                "of a person is not kept"
+                f"n_shown is {self.n_shown}, wanted 0 for {self.base}: what looks like a "
+                "photograph of a person is not kept"
             )
 
 
