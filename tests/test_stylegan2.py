@@ -160,9 +160,11 @@ def test_random_noise_and_styles_a_resolution(loaded):
         loaded.synthesis(w, "random", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2])
-    for wrong in ((w[:, :3],), (w[:, None],), (w, "no")):
+    for wrong in (w[:, :3], w[:, None]):
         with pytest.raises(ValueError, match=r"wants \(batch, 7\) or \(batch, 3, 7\)"):
-            loaded.synthesis(*wrong)
+            loaded.synthesis(wrong)
+    with pytest.raises(ValueError, match="The noise is 'no'"):
+        loaded.synthesis(w, "no")
 
 
 def test_a_state_of_the_port_comes_back(loaded):

@@ -209,8 +209,12 @@ class StyleGenerator(nn.Module):
             for layer in level["layers"]:
                 x = layer(x, style, noise, generator)
             added = level["to_image"](x, style)
-            image = added if image is None else double(image) + added
+            image = added if image is None else self.enlarge(image) + added
         return image
+
+    def enlarge(self, image: Tensor) -> Tensor:
+        """Double the sides of the picture so far, to which a resolution adds."""
+        return double(image)
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents (n, latent_dim) from the prior, a standard normal."""

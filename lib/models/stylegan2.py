@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.checkpoints import CheckpointError
-from lib.models.gan import GAIN, ModulatedConv, Noise, StyledLayer, StyleGenerator, demodulation
+from lib.models.gan import GAIN, ModulatedConv, StyledLayer, StyleGenerator, demodulation
 
 ONE_MORE_DIMENSION = ("conv.weight", "noise.weight")  # in the port's tensors, of length 1
 
@@ -66,30 +66,11 @@ class StyleGAN2(StyleGenerator):
         to_image = ToImage(n_out, self.image_shape[0], self.latent_dim)
         return nn.ModuleDict({"layers": nn.ModuleList(layers), "to_image": to_image})
 
-    def synthesis(
-        self, w: Tensor, noise: Noise = "fixed", generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return the images of styles, as :meth:`StyleGenerator.synthesis` does."""
-        styles = w[:, None].expand(-1, self.n_levels, -1) if w.ndim == 2 else w
-        if styles.shape[1:] != (self.n_levels, self.latent_dim) or noise not in ("fixed", "random"):
-            raise ValueError(
-                f"w has shape {tuple(w.shape)} and the noise is {noise!r}; the model wants "
-                f"(batch, {self.latent_dim}) or (batch, {self.n_levels}, {self.latent_dim}) from "
-                "mapping, and 'fixed' or 'random'."
-            )
-        x, image = self.constant.expand(len(w), -1, -1, -1), None
-        for level, style in zip(self.levels, styles.unbind(1), strict=True):
-            for layer in level["layers"]:
-                x = layer(x, style, noise, generator)
-            added = level["to_image"](x, style)
-            image = added if image is None else enlarge(image) + added
-        return image
-
-
-def enlarge(x: Tensor) -> Tensor:
-    """Double the sides: put zeros between the pixels and beyond the edges, and blur."""
-    n = x.shape[1]
-    return F.conv_transpose2d(x, blur_kernel(x).expand(n, 1, 4, 4), stride=2, padding=1, groups=n)
+    def enlarge(self, image: Tensor) -> Tensor:
+        """Double the sides: put zeros between the pixels and beyond the edges, and blur."""
+        n = image.shape[1]
+        kernel = blur_kernel(image).expand(n, 1, 4, 4)
+        return F.conv_transpose2d(image, kernel, stride=2, padding=1, groups=n)
 
 
 def blur_kernel(like: Tensor) -> Tensor:
