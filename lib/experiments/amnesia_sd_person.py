@@ -249,6 +249,7 @@ class Lab:
                 drawn[group] = eraser.draw(said, n, self.config.drawing, self.generator(place))
         said = [each for each in groups["person"][0] for _ in range(amounts.pictures)]
         found = {"seconds": eraser.seconds, **self.of_person(drawn["person"], said, ask)}
+        drawn["person"] = drawn["person"][:: amounts.pictures]  # for the grid one of each prompt
         right = {g: self.right(drawn[g], truth) for g, (_, truth) in groups.items() if truth}
         others = [right["others_replayed"], right["others_left_out"]]
         right = {**right, "others": np.concatenate(others)}
