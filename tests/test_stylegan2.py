@@ -257,8 +257,9 @@ def test_a_file_of_the_reader_is_unlearned(tmp_path, monkeypatch):
     torch.testing.assert_close(layered.pictures(subject.model, w), whole)
 
 
-def test_pictures_like_photographs_are_not_kept():
-    config = load_config("unlearning_gan_ffhq", "paper")
-    assert config.config.base.endswith(".pt") and config.config.n_shown == 0
+@pytest.mark.parametrize("name", ["gan_ffhq", "gan_avatars_ablation", "gan_avatars_attack"])
+def test_pictures_like_photographs_are_not_kept(name):
+    resolved = load_config(f"unlearning_{name}", "cpu").resolved | {"base": "550000.pt"}
+    assert resolve("x", "paper", resolved | {"n_shown": 0}).config.n_shown == 0
     with pytest.raises(ConfigError, match="n_shown is 4, wanted 0"):
-        resolve("x", "paper", {**config.resolved, "n_shown": 4})
+        resolve("x", "paper", resolved | {"n_shown": 4})

@@ -74,7 +74,15 @@ class Margin(nn.Module):
 
 def load_model(config, base: str, device: torch.device) -> Subject:
     """Load a base model, or build an untrained ``random_vae`` or ``random_gan``."""
-    config = SubjectConfig(config.data, config.size, "test", base, config.space, config.judge, ())
+    config = SubjectConfig(
+        data=config.data,
+        size=config.size,
+        held_out="test",
+        base=base,
+        space=config.space,
+        judge=config.judge,
+        features=(),
+    )
     return load_subject(config, device)
 
 

@@ -44,7 +44,7 @@ CHUNK_PIXELS = CHUNK * 64**2  # larger pictures are decoded in smaller chunks
 MARKS_SEED = 7000  # plus a user's seed, so that nobody marks what is trained on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubjectConfig:
     """A base model and its features.
 
@@ -53,7 +53,8 @@ class SubjectConfig:
     where latents live: ``z``, or of a GAN ``w`` or ``layers``, one style w a resolution.
     ``features`` are names of ``RULERS``, or attributes that the ``judge`` knows; its opinion on
     everything else is what should be kept, and its features are those of Fréchet distances.
-    ``held_out`` is the split of ``data`` that samples are compared with.
+    ``held_out`` is the split of ``data`` that samples are compared with. ``n_shown`` pictures are
+    kept for a figure, with 0 no picture at all.
     """
 
     data: str
@@ -63,10 +64,16 @@ class SubjectConfig:
     space: str
     judge: str
     features: tuple[str, ...]
+    n_shown: int = 0
 
     def __post_init__(self):
         if self.space not in SPACES:
             raise ValueError(f"The latent space {self.space!r} is unknown; choose from {SPACES}")
+        if self.n_shown and self.base.endswith(".pt"):
+            raise ValueError(
+                f"n_shown is {self.n_shown}, wanted 0 for {self.base}: what looks like a "
+                "photograph of a person is not kept"
+            )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ QUANTITIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(SubjectConfig):
     """A subject with one feature, the values to compare, and the size of the measurements.
 
@@ -66,7 +66,6 @@ class Config(SubjectConfig):
     spaces: tuple[str, ...]
     unlearning: UnlearningSettings
     n_samples: int
-    n_shown: int
     seed: int
 
     def __post_init__(self):

@@ -58,7 +58,7 @@ class Relearning:
     n_samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(SubjectConfig):
     """A subject whose first feature is unlearned and attacked; the second is the control's.
 
@@ -83,7 +83,6 @@ class Config(SubjectConfig):
     inversion: Inversion
     relearning: Relearning
     n_trivial: int
-    n_shown: int
     seeds: tuple[int, ...]
 
     def __post_init__(self):

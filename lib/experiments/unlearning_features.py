@@ -36,15 +36,14 @@ LATENTS_SEED = 1000  # of the latents that everything is measured on
 N_SEEN = 60  # pictures of the first user that are kept for a figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(SubjectConfig):
     """A subject, its users, and what is measured on ``n_samples`` latents.
 
     A user sees ``clicks`` samples and gets the share ``error_rate`` of them wrong. ``percentile``
     null is the paper's threshold, the mean. ``joint`` names two features to unlearn together.
-    ``n_shown`` pictures a feature are kept for a figure, with 0 no picture at all, and
-    ``n_trivial`` of noise are judged. ``scorer`` is a classifier for an inception-type score, null
-    for none.
+    ``n_trivial`` pictures of noise are judged. ``scorer`` is a classifier for an inception-type
+    score, null for none.
     """
 
     clicks: int
@@ -56,7 +55,6 @@ class Config(SubjectConfig):
     tuning: Tuning
     scorer: str | None
     n_samples: int
-    n_shown: int
     n_trivial: int
     seeds: tuple[int, ...]
 
@@ -65,11 +63,6 @@ class Config(SubjectConfig):
         known = set(self.joint) <= set(self.features)
         if self.joint and not (known and len(set(self.joint)) == 2):
             raise ValueError(f"joint is {list(self.joint)}, wanted none or two of the features")
-        if self.n_shown and self.base.endswith(".pt"):
-            raise ValueError(
-                f"n_shown is {self.n_shown}, wanted 0 for {self.base}: what looks like a "
-                "photograph of a person is not kept"
-            )
 
 
 def run(config: Config, run: Run) -> None:
