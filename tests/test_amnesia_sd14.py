@@ -48,7 +48,7 @@ def test_the_paper_profile_fits_and_asks_for_what_it_measures(name):
 
 def test_a_request_has_pairs_and_keeps_everyday_things():
     config = load_config("amnesia_sd14_person", "paper").config
-    request = request_of(config, "jolie")
+    request = request_of(config, "woman")
     assert request.forget[1] == "a photo of Angelina Jolie"
     assert request.instead[1] == "a photo of a middle aged woman"
     assert len(request.keep) == 5000 and not any("Jolie" in said for said in request.keep)
@@ -87,9 +87,9 @@ def test_no_picture_is_stored(tmp_path):
     done = execute(load_config("amnesia_sd14_person", "smoke"), runs=tmp_path)
     config = load_config("amnesia_sd14_person", "smoke").config
     found = {row.quantity: row.value for row in done.rows}
-    assert found["change_pitt_person_original"] == 0 < found["change_pitt_person_esd_x"]
-    assert found["change_jolie_other_sa"] > 0
-    assert done._arrays["mosaics_pitt"].shape == (6, 2, 2, 12, 12, 3)
+    assert found["change_man_person_original"] == 0 < found["change_man_person_esd_x"]
+    assert found["change_woman_other_sa"] > 0
+    assert done._arrays["mosaics_man"].shape == (6, 2, 2, 12, 12, 3)
     largest = config.blocks * config.blocks * 3
     for path in (tmp_path / "amnesia_sd14_person/smoke").rglob("*.npz"):
         with np.load(path, allow_pickle=False) as part:
@@ -154,8 +154,8 @@ def test_missing_detectors_are_noticed_before_the_weights(tmp_path, monkeypatch)
 
 def test_requests_begin_with_the_original():
     config = load_config("erasing_sd14", "smoke").config
-    asks = {"pitt": replace(config.requests["pitt"], methods=("uce",))}
-    with pytest.raises(ValueError, match="first method of 'pitt' must be original"):
+    asks = {"man": replace(config.requests["man"], methods=("uce",))}
+    with pytest.raises(ValueError, match="first method of 'man' must be original"):
         replace(config, requests=asks)
     with pytest.raises(ValueError, match="detectors is 'cascade'; choose real or stand_in"):
         replace(config, detectors="cascade")

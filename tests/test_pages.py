@@ -202,7 +202,7 @@ def test_a_run_that_is_no_attempt_stands_beside_the_paper_only(book):
     book.list(LISTED | {"elsewhere": {"plane": "not faces"}})
     assert book.verdicts()["4 images"] == "not attempted"
     own = page_scoreboard.own_claims(book.root)
-    assert "Beside the paper's 7.4e-6 (Table 1)." in own and "no attempt: not faces" in own
+    assert "Beside the paper's 7.4e-6 (Table 1)." in own and "for orientation: not faces" in own
 
 
 def test_claims_without_a_number_of_the_paper_are_our_own(book):

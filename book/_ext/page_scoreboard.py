@@ -275,7 +275,7 @@ def own_claims(root: Path) -> str:
         about = [f"{count(len(entries), 'claim')}: {tally(entries)}.",
                  f"Shown in {where}." if where else "No chapter shows it yet."]  # fmt: skip
         if run in board.elsewhere:
-            about.append(f"Beside a number of the paper it is no attempt: {board.elsewhere[run]}.")
+            about.append(f"A paper's number beside it is for orientation: {board.elsewhere[run]}.")
         rows = []
         for judged in entries:
             path = judged.entry["paper"]
