@@ -128,10 +128,13 @@ def main() -> None:
         ROUNDS,
     )
     torch.set_num_threads(threads)
-    start = time.perf_counter()
-    models[1].eval().sample(torch.arange(100) % 10, config.guidance, 25)
-    what = f"100 digits, DDIM 25 with guidance, {threads} CPU threads"
-    record(what, "ours", time.perf_counter() - start, "s")
+    seconds = []
+    for _ in range(3):  # by the clock, which other work on the machine only makes longer
+        start = time.perf_counter()
+        models[1].eval().sample(torch.arange(100) % 10, config.guidance, 25)
+        seconds.append(time.perf_counter() - start)
+    what = f"100 digits, DDIM 25 with guidance, {threads} CPU threads, best of {len(seconds)}"
+    record(what, "ours", min(seconds), "s")
 
 
 if __name__ == "__main__":
