@@ -209,7 +209,7 @@ def test_a_killed_process_of_a_launched_run_ends_it(folder):
     status, said = json.loads((folder / "launch.json").read_text())
     assert status == 1
     lines = [line for line in said.splitlines() if "Error: Stopped after step" in line]
-    assert len(lines) == 1 and "model.safetensors is the last checkpoint" in lines[0]
+    assert len(lines) == 1 and "model.safetensors is the last checkpoint" in lines[0], said
     assert "lib/run.py" not in said  # no traceback of ours
     work = folder / "launched" / two.RUN / "smoke"
     assert assert_readable(work / "model.safetensors") > 0

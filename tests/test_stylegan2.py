@@ -259,6 +259,8 @@ def test_a_file_of_the_reader_is_unlearned(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gan_ffhq", "gan_avatars_ablation", "gan_avatars_attack"])
 def test_pictures_like_photographs_are_not_kept(name):
+    shipped = load_config("unlearning_gan_ffhq", "paper").config
+    assert shipped.base.endswith(".pt") and shipped.n_shown == 0
     resolved = load_config(f"unlearning_{name}", "cpu").resolved | {"base": "550000.pt"}
     assert resolve("x", "paper", resolved | {"n_shown": 0}).config.n_shown == 0
     with pytest.raises(ConfigError, match="n_shown is 4, wanted 0"):

@@ -250,10 +250,11 @@ class Lab:
         said = [each for each in groups["person"][0] for _ in range(amounts.pictures)]
         found = {"seconds": eraser.seconds, **self.of_person(drawn["person"], said, ask)}
         drawn["person"] = drawn["person"][:: amounts.pictures]  # for the grid one of each prompt
-        right = {g: self.right(drawn[g], truth) for g, (_, truth) in groups.items() if truth}
+        named = ("namesake", "others_replayed", "others_left_out")
+        right = {group: self.right(drawn[group], groups[group][1]) for group in named}
         others = [right["others_replayed"], right["others_left_out"]]
         right = {**right, "others": np.concatenate(others)}
-        found |= {g: float(share.mean()) for g, share in right.items() if g != "person"}
+        found |= {group: float(share.mean()) for group, share in right.items()}
         if method != "original":
             before = self.unnamed_pictures(amounts)
             change = (drawn["unnamed"].float() - before.float()).abs().mean()
