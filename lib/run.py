@@ -226,8 +226,13 @@ def current_commit() -> str:
 
 
 def _end_with_a_sentence(signum, frame) -> None:
-    """Answer the launcher, which ends all processes of this machine when one of them fails."""
+    """Answer the launcher, which ends all processes of this machine when one of them fails.
+
+    A process that noticed the loss itself is on its way to a sentence, and goes on.
+    """
     signal.signal(signum, signal.SIG_IGN)
+    if sys.exc_info()[0] is not None:
+        return
     raise ProcessError(
         f"Process {distributed.rank()} was told to end, as the launcher does when another process "
         "failed or was killed; see what that one said, and go on with --resume."

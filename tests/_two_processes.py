@@ -200,7 +200,7 @@ def long_run(folder: Path) -> int:
     from lib.experiments import train_glow
 
     train_glow.fit = partial(train_glow.fit, checkpoint_every_s=1.0)
-    return lib_run.main([RUN, "--profile", "smoke", "--threads", "1", "--timeout", "60"])
+    return lib_run.main([RUN, "--profile", "smoke", "--threads", "1", "--timeout", "300"])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ one launch; a second one, by ``accelerate launch``, is killed.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from safetensors import safe_open
 from lib import distributed
 from lib.checkpoints import CheckpointError
 from lib.config import load_config
-from lib.run import execute
+from lib.distributed import ProcessError
+from lib.run import _end_with_a_sentence, execute
 
 SCRIPT = Path(two.__file__)
 LAUNCH = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split()
@@ -203,6 +205,20 @@ def test_a_killed_process_ends_the_other_with_a_sentence(found, folder, alone):
     assert not list(folder.rglob(".*"))
     resumed, _ = two.train(folder / "killed.safetensors", resume=True)
     assert_same_curve(resumed.history, alone[0].history)
+
+
+def test_the_launcher_does_not_cut_off_a_sentence_under_way():
+    before = signal.signal(signal.SIGTERM, _end_with_a_sentence)
+    try:
+        with pytest.raises(ProcessError, match="Process 0 was told to end"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, _end_with_a_sentence)
+        try:
+            raise ProcessError("lost another")
+        except ProcessError:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_killed_process_of_a_launched_run_ends_it(folder):

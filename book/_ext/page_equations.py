@@ -1,4 +1,4 @@
-"""The equations page: a paper's equation, its place in the book, its function and its tests."""
+"""The equations page: a paper's equation as the book writes it, its function and its tests."""
 
 import ast
 import re
@@ -10,8 +10,9 @@ from pathlib import Path
 import yaml
 from page_text import Chapter, chapters, table
 
-LABELLED = re.compile(r"^(?::label: |\$\$ \()((?:tnf|sa|fu)-\w+)\)?\s*$", re.M)
+LABELLED = re.compile(r"^\$\$ \(((?:tnf|sa|fu)-\w+)\)\s*$", re.M)
 CITED = re.compile(r"Implements (TNF|SA|FU) Eqs?\. ((?:\(\w+\)(?:, | and |, and )?)+)")
+NUMBERED = re.compile(r"\s*\\q?quad\s*\\text\{\[[^]]*\]\}")
 NO_CODE = "% no code: "
 MAX_TESTS = 3
 
@@ -31,11 +32,15 @@ class Function:
 
 @dataclass
 class Equation:
-    """A paper's equation; ``no_code`` is the reason why no function needs to implement it."""
+    """A paper's equation; ``no_code`` is the reason why no function needs to implement it.
+
+    ``tex`` is what the chapter shows, without the paper's number at its end.
+    """
 
     label: str
     chapter: Chapter | None = None
     no_code: str | None = None
+    tex: str = ""
     functions: list[Function] = field(default_factory=list)
 
     @property
@@ -57,10 +62,11 @@ def labelled_equations(chapter: Chapter) -> list[Equation]:
     found = []
     for match in LABELLED.finditer(chapter.text):
         before = chapter.text[: match.start()].splitlines()
-        opening = max(i for i, line in enumerate(before) if line.startswith(("```", ":::", "$$")))
+        opening = max(i for i, line in enumerate(before) if line.startswith("$$"))
         above = before[opening - 1]
         reason = above.removeprefix(NO_CODE) if above.startswith(NO_CODE) else None
-        found.append(Equation(match[1], chapter, reason))
+        tex = NUMBERED.sub("", " ".join(" ".join(before[opening + 1 :]).split()))
+        found.append(Equation(match[1], chapter, reason, tex))
     return found
 
 
@@ -166,13 +172,14 @@ def paper_equations(root: Path, paper: str) -> str:
         return "No chapter shows an equation of this paper yet."
     address = repository(root)
     rows = [[e.number, _place(e), _functions(e, address), _tests(e, root)] for e in found]
-    return table(["Paper", "In the book", "Function", "Tests"], rows, [12, 28, 28, 32], "equations")
+    return table(["Paper", "In the book", "Function", "Tests"], rows, [10, 44, 22, 24], "equations")
 
 
 def _place(equation: Equation) -> str:
     if equation.chapter is None:
         return f"**{equation.problem}**"
-    return f"Eq. {{eq}}`{equation.label}` of {{ref}}`{equation.chapter.label}`"
+    where = f"Eq. {{eq}}`{equation.label}` of {{ref}}`{equation.chapter.label}`"
+    return f"$$\n{equation.tex}\n$$\n\n{where}"
 
 
 def _functions(equation: Equation, address: str) -> str:
