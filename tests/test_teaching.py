@@ -81,6 +81,13 @@ def test_the_plan_has_twelve_sessions_and_hands_out_every_exercise_of_its_chapte
         assert f"* {{ref}}`{label}`:" in discoveries, label
 
 
+def test_every_exercise_is_on_the_list():
+    page = page_teaching.exercise_list(ROOT)
+    texts = [chapter.path.read_text("utf8") for chapter in chapters(ROOT)]
+    wanted = [found["label"] for text in texts for found in EXERCISE.finditer(text)]
+    assert re.findall(r"<(ex-[\w-]+)>`", page) == wanted
+
+
 def test_no_time_of_a_machine_is_typed_into_the_plan():
     prose = re.sub(r"^```.*?^```$", "", PAGE, flags=re.M | re.S)
     typed = re.findall(r"\b[\d.]+ (?:s|seconds?|min|minutes?|h|hours?)\b", prose)

@@ -40,6 +40,7 @@ WITHOUT_ARGUMENT: dict[str, Callable[[Path], str]] = {
     "runs": page_status.runs,
     "chapter-costs": page_teaching.chapter_costs,
     "run-costs": page_teaching.run_costs,
+    "exercise-list": page_teaching.exercise_list,
 }
 WITH_ARGUMENT: dict[str, Callable[[Path, str], str]] = {
     "scoreboard": page_scoreboard.paper_tables,

@@ -1,9 +1,10 @@
-"""The teaching page: what sessions, chapters and runs cost, from the cache and from results/.
+"""The teaching page: all exercises, and what sessions, chapters and runs cost.
 
-A time is shown where a chapter was executed or a run was made; elsewhere the page says that it is
-not measured. Nothing here is typed by hand.
+Times come from the cache and from ``results/``: one is shown where a chapter was executed or a run
+was made, and elsewhere the page says that it is not measured. Nothing here is typed by hand.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lib.config import PROFILES
 from lib.results import Results, read_results
 
 UNMEASURED = "not measured"
+EXERCISE = re.compile(r"^`{3,}\{exercise\} (.+)\n:label: (ex-[\w-]+)$", re.M)
 
 
 def duration(seconds: float) -> str:
@@ -138,3 +140,17 @@ def _cost(session: list[Chapter], live: dict[str, float], measured: dict) -> str
     else:
         lines.append(f"{behind} {them}.")
     return "\n".join(lines)
+
+
+def exercise_list(root: Path) -> str:
+    """List the exercises of each chapter in the order of the book."""
+    rows = []
+    for chapter in chapters(root):
+        found = EXERCISE.findall(chapter.text)
+        rows.append(
+            [
+                f"{{ref}}`{chapter.label}`",
+                "\n\n".join(f"{{ref}}`{title} <{label}>`" for title, label in found) or "none",
+            ]
+        )
+    return table(["Chapter", "Exercises"], rows, [40, 60])
