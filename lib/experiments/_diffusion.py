@@ -193,12 +193,12 @@ OF_THE_CLASS = {
 OF_THE_OTHERS = {
     "remember_prob": "probability",
     "remember_accuracy": "share",
-    "frechet": "squared distance of features",
+    "frechet": "Fréchet distance",
     "precision": "share",
     "recall": "share",
     "precision_swapped": "share",
     "recall_swapped": "share",
-    "frechet_stretched": "squared distance of features",
+    "frechet_stretched": "Fréchet distance",
 }
 FIDELITY = ("frechet", "precision", "recall")
 

@@ -33,7 +33,7 @@ from lib.models.scorer import agreement
 from lib.run import Run
 
 NO_FACE = SHOWS.index("no face")
-UNITS = {"frechet": "squared distance", "pixel_change": "levels of 255", "seconds": "s"}
+UNITS = {"frechet": "Fréchet distance", "pixel_change": "levels of 255", "seconds": "s"}
 UNITS |= {"agreement_own": "cosine", "agreement_instead": "cosine"}
 
 

@@ -246,7 +246,7 @@ class Contest:
         if quantity in named:
             return named[quantity]
         starts = {
-            "frechet": "squared distance of features",
+            "frechet": "Fréchet distance",
             "error": "rms a pixel",
             "probe": "balanced accuracy",
         }

@@ -44,7 +44,7 @@ UNITS = {
     "bits": "bits per dimension",
     "sigma": "bits per dimension",
     "steps": "iterations",
-    "frechet": "squared distance of features",
+    "frechet": "Fréchet distance",
     "change": "grey levels",
 }
 OF_SAMPLES = ("frechet", "change")

@@ -227,11 +227,12 @@ def run(config: Config, run: Run) -> None:
         "data": f"five_gaussians, std {config.std}, {config.train_points} points",
         "n_samples": config.n_samples,
     }
+    units = {"steps": "steps", "seconds": "s"}
+    units |= dict.fromkeys(("mu_r", "sigma_r"), "bits per dimension")
     for name in base_values[0]:
-        unit = "bits/dim" if name in ("mu_r", "sigma_r") else "share"
+        unit = units.get(name, "share")
         values = [found[name] for found in base_values]
         run.row(f"{name}_base", values, unit=unit, seeds=config.seeds, **about)
-    units = {"steps": "steps", "seconds": "s", "mu_r": "bits/dim", "sigma_r": "bits/dim"}
     if not keep_frames:
         for name in tamed_values[0, 0, 0]:
             values = [found[name] for found in tamed_values[0, 0]]
