@@ -2,7 +2,10 @@
 
 import os
 import platform
+import time
 from pathlib import Path
+
+import torch
 
 
 def processor() -> str:
@@ -27,3 +30,12 @@ def memory() -> str:
     except (AttributeError, ValueError, OSError):  # not every system says
         return "unknown"
     return f"{total / 2**30:.0f} GiB"
+
+
+def clock() -> float:
+    """Return seconds to take the difference of, for what a method costs.
+
+    They are those of the CPU, which other work on the machine does not stretch, or of the clock
+    where a GPU does the work.
+    """
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()

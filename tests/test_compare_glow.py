@@ -150,22 +150,22 @@ def test_a_set_is_back_at_the_first_check_near_the_base():
     assert found["relearn_end_others_taming_forget"] == 0.3
 
 
-def test_fine_tuning_never_looks_at_the_forget_pictures(bench, run):
+def test_fine_tuning_never_looks_at_the_forget_pictures(bench):
     request = request_of(bench)
     before = weights(bench.base)
-    first = rivalry.fine_tuned(bench, request, run)
-    other = rivalry.fine_tuned(bench, replace(request, forget=255 - request.forget), run)
+    first = rivalry.fine_tuned(bench, request)
+    other = rivalry.fine_tuned(bench, replace(request, forget=255 - request.forget))
     assert torch.equal(weights(first.model), weights(other.model))
     assert not torch.equal(weights(first.model), before)
     assert torch.equal(weights(bench.base), before)
     assert (first.steps, first.forget_pictures, first.rest_pictures) == (4, 0, 12)
 
 
-def test_ascent_climbs_the_forget_pictures_and_a_weight_keeps_the_rest(bench, run):
+def test_ascent_climbs_the_forget_pictures_and_a_weight_keeps_the_rest(bench):
     request = request_of(bench, taming=TamingSettings(delta=1e6, statistics_images=8))
     steep = replace(PLAN, rest_weight=0.0)
     made = {
-        name: rivalry.ascended(bench, replace(request, gradient_ascent=plan), run)
+        name: rivalry.ascended(bench, replace(request, gradient_ascent=plan))
         for name, plan in (("steep", steep), ("kept", replace(PLAN, rest_weight=20.0)))
     }
     start = mean_nll(bench, bench.base, request.forget)
@@ -175,24 +175,24 @@ def test_ascent_climbs_the_forget_pictures_and_a_weight_keeps_the_rest(bench, ru
     assert made["steep"].steps == 4 and made["steep"].stopped == 0
 
 
-def test_ascent_stops_at_the_threshold_of_taming(bench, run):
+def test_ascent_stops_at_the_threshold_of_taming(bench):
     noise = torch.Generator(bench.device).manual_seed(1)
     request = request_of(bench)
     shape, options = request.forget.shape, {"generator": noise, "device": bench.device}
     unlikely = torch.randint(0, 256, shape, **options).to(torch.uint8)
     settings = TamingSettings(delta=0.5, statistics_images=40)
-    made = rivalry.ascended(bench, replace(request, forget=unlikely, taming=settings), run)
+    made = rivalry.ascended(bench, replace(request, forget=unlikely, taming=settings))
     assert made.steps == 0 and made.stopped == 1
     assert torch.equal(weights(made.model), weights(bench.base))
 
 
-def test_taming_counts_all_steps_and_the_pictures_it_looked_at(bench, run):
-    made = rivalry.tamed(bench, request_of(bench), run)
+def test_taming_counts_all_steps_and_the_pictures_it_looked_at(bench):
+    made = rivalry.tamed(bench, request_of(bench))
     assert made.steps == 2 and made.stopped == 0
     # Two batches of 3, and statistics of 8 images at steps 0 and 2; the rule looks at all 5.
     assert made.rest_pictures == 2 * 3 + 2 * 8 and made.forget_pictures == 5
     free = request_of(bench, taming=TamingSettings(max_steps=2, batch_forget=2, epsilon=None))
-    assert rivalry.tamed(bench, free, run).forget_pictures == 4
+    assert rivalry.tamed(bench, free).forget_pictures == 4
 
 
 def test_a_row_counts_the_pictures_of_the_set_it_names():

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lib.checkpoints import load_checkpoint
 from lib.experiments._taming import Bench, training_seconds
+from lib.machine import clock
 from lib.methods.amnesia import Batch, Elbo
 from lib.methods.baselines import fine_tune_loss, gradient_ascent_loss
 from lib.methods.taming import TamingSettings, best_of, draw, nll_statistics, signed_distance
 from lib.models.glow import Glow
 from lib.results import read_results
-from lib.run import Run
 
 SEED = 0
 
@@ -60,22 +60,22 @@ class Rival(NamedTuple):
     stopped: float = 0.0
 
 
-def rivals(bench: Bench, request: Request, run: Run, retrained: str | None) -> dict[str, Rival]:
+def rivals(bench: Bench, request: Request, retrained: str | None) -> dict[str, Rival]:
     """Return the untouched base, what each method makes of it, and the retrained model if any."""
     found = {
         "original": Rival(bench.base, 0, 0.0, 0, 0),
-        "taming": tamed(bench, request, run),
-        "fine_tune": fine_tuned(bench, request, run),
-        "gradient_ascent": ascended(bench, request, run),
+        "taming": tamed(bench, request),
+        "fine_tune": fine_tuned(bench, request),
+        "gradient_ascent": ascended(bench, request),
     }
     if retrained is not None:
         found["retrained"] = trained_without(retrained, bench, request)
     return found
 
 
-def tamed(bench: Bench, request: Request, run: Run) -> Rival:
+def tamed(bench: Bench, request: Request) -> Rival:
     """Tame the base; without a stop met, keep the nearest model, but count all steps."""
-    settings, start, made = request.taming, run.seconds, 0
+    settings, start, made = request.taming, clock(), 0
 
     def counted():
         nonlocal made
@@ -89,7 +89,7 @@ def tamed(bench: Bench, request: Request, run: Run) -> Rival:
     return Rival(
         model.eval(),
         made,
-        run.seconds - start,
+        clock() - start,
         # The stop rule looks at all of them.
         n_forget if settings.epsilon else min(n_forget, made * settings.batch_forget),
         min(n_rest, made * settings.batch_remember + statistics),
@@ -97,20 +97,20 @@ def tamed(bench: Bench, request: Request, run: Run) -> Rival:
     )
 
 
-def fine_tuned(bench: Bench, request: Request, run: Run) -> Rival:
+def fine_tuned(bench: Bench, request: Request) -> Rival:
     """Go on training on the rest alone; the forget pictures are not even looked at."""
     plan = request.fine_tune
 
     def loss(elbo: Elbo, forget: Batch, rest: Batch):
         return fine_tune_loss(elbo, rest)[0]
 
-    start = run.seconds
+    start = clock()
     model, made = train(bench, request, plan, loss)
     shown = min(len(request.remember), made * plan.batch)
-    return Rival(model, made, run.seconds - start, 0, shown)
+    return Rival(model, made, clock() - start, 0, shown)
 
 
-def ascended(bench: Bench, request: Request, run: Run) -> Rival:
+def ascended(bench: Bench, request: Request) -> Rival:
     """Climb the NLL of the forget set and descend that of the rest, up to taming's threshold.
 
     Nothing else would end an ascent: left alone it ruins the model within some tens of steps.
@@ -127,14 +127,14 @@ def ascended(bench: Bench, request: Request, run: Run) -> Rival:
         nll = bench.score(model, some, generator, 1)
         return bool(signed_distance(nll, mu_r, sigma_r, settings.delta).mean() >= 0)
 
-    start = run.seconds
+    start = clock()
     model, made = train(bench, request, plan, loss, arrived)
     n_forget, n_rest = len(request.forget), len(request.remember)
     checks = (1 + made // plan.check_every) * settings.statistics_images
     return Rival(
         model,
         made,
-        run.seconds - start,
+        clock() - start,
         min(n_forget, made * plan.batch + checks),
         min(n_rest, made * plan.batch + checks),
         float(made < plan.steps),

@@ -1,6 +1,5 @@
 """What the comparison of methods asks of a conditional model, the same of a VAE and a DDPM."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,6 +17,7 @@ from lib.config import load_config
 from lib.experiments import _amnesia, _amnesia_ddpm
 from lib.experiments._diffusion import Sampling, draw, load_base
 from lib.experiments._digits import Digits, unit
+from lib.machine import clock
 from lib.methods.amnesia import Elbo
 from lib.models.cvae import ConditionalVAE
 from lib.models.ddpm import ConditionalDDPM, to_signed
@@ -233,8 +233,7 @@ def embedded(model: ConditionalDDPM, condition: Tensor) -> Iterator[None]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the CPU seconds that work takes, on a GPU those of the clock."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """Return the seconds of :func:`lib.machine.clock` that work takes."""
     start = clock()
     work()
     return clock() - start

@@ -6,7 +6,6 @@ same latents, by the same judges, against the same references, with the same num
 
 import copy
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,6 +26,7 @@ from lib.experiments._unlearning import (
     unlearned_model,
 )
 from lib.experiments._unlearning_tuning import Tuning, tune
+from lib.machine import clock
 from lib.methods.baselines import gradient_ascent_loss
 from lib.methods.feature_baselines import latent_rejection
 from lib.methods.feature_unlearning import UnlearningSettings, indicator
@@ -172,9 +172,9 @@ def contenders_of(
     found["rejected"] = Contender(System(subject, subject.model, refuses=(feature,)), clicks)
 
     def trained(name: str, cost: Mapping, compute: Callable[[], nn.Module]) -> None:
-        start = time.process_time()
+        start = clock()
         model = compute()
-        cost = {**cost, "seconds": time.process_time() - start}
+        cost = {**cost, "seconds": clock() - start}
         found[name] = Contender(System(subject, model), cost)
 
     trained(

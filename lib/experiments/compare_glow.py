@@ -49,7 +49,7 @@ SETS = ("forget", "reference", "held_out", "remember", "strangers")
 UNITS = {
     "steps": "iterations",
     "back_steps": "iterations",
-    "seconds": "s",
+    "seconds": "CPU s",
     "forget_pictures": "pictures",
     "rest_pictures": "pictures",
     "bits": "bits per dimension",
@@ -242,7 +242,7 @@ def one_person(
         person.forget, person.remember, config.taming, config.fine_tune, config.gradient_ascent
     )
     found, sets = {}, court.sets(person)
-    made = rivals(bench, request, run, config.retrained)
+    made = rivals(bench, request, config.retrained)
     base = bench.scores(bench.base, sets)
     fresh = {
         name: court.judge.features(
@@ -308,7 +308,7 @@ def relearning_curves(
     )
     pictures = stranger.forget[:n], stranger.forget, stranger.reference
     yield "unknown_before", curve(bench.base, *pictures)
-    yield "unknown_forget", curve(tamed(bench, request, run).model, *pictures)
+    yield "unknown_forget", curve(tamed(bench, request).model, *pictures)
 
 
 def kept_arrays(
@@ -345,7 +345,7 @@ def one_attribute(court: Court, run: Run) -> dict[str, float | np.ndarray]:
     fresh = bench.samples(bench.base, asked.n_samples, asked.temperature, FRESH)
     real = {"original": court.judge.features(fresh), "real": court.real}
     found, grids = {}, []
-    for name, rival in rivals(bench, request, run, None).items():
+    for name, rival in rivals(bench, request, None).items():
         samples = bench.samples(rival.model, asked.n_samples, asked.temperature, SEED)
         features = court.judge.features(samples)
         part = {cost: getattr(rival, cost) for cost in COSTS}
