@@ -1,6 +1,7 @@
 """The audit, where the answer is known: constant gradients, linear decoders, separable features."""
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from lib.methods import audit
 from lib.methods.audit import hidden_features, invert, linear_probe, relearn
+from lib.methods.audit_rule import audited
+from lib.models.diffusion import NoiseSchedule, ddim_path, last, q_sample
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -134,12 +137,80 @@ def test_a_probe_wants_two_classes(labels):
         linear_probe(np.zeros((10, 2)), labels)
 
 
+def check_redraw(code) -> None:
+    """For a normal distribution the flow of DDIM keeps each point's distance in standard units."""
+    schedule, mean, sd, t = NoiseSchedule(), 0.5, 0.2, 300
+    x0, noise = torch.randn(2, 400, 1, generator=seeded()).double()
+    x0 = mean + sd * x0
+
+    def predict(x, at):
+        share = schedule.share_left(at)
+        offset = x - share**0.5 * mean
+        return (1 - share) ** 0.5 * offset / (share * sd**2 + 1 - share)
+
+    found = code.redraw(predict, x0, t, noise, schedule, steps=1000)
+    share = schedule.share_left(t)
+    x = share**0.5 * x0 + (1 - share) ** 0.5 * noise
+    expected = mean + sd * (x - share**0.5 * mean) / (share * sd**2 + 1 - share) ** 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    whole = code.redraw(predict, x0, 999, noise, schedule, steps=25)
+    last_noise = torch.full((len(x0),), 999)
+    started = q_sample(x0, last_noise, noise, schedule)
+    assert torch.equal(whole, last(ddim_path(predict, started, schedule, 25)))
+    with pytest.raises(ValueError, match="Got step 1000; choose one from 0 to 999"):
+        code.redraw(predict, x0, 1000, noise, schedule, steps=25)
+
+
+def answers(**values):
+    """Return rows of a result; a pair is a value with its standard deviation."""
+    pairs = {
+        name: each if isinstance(each, tuple) else (each, None) for name, each in values.items()
+    }
+    return {name: SimpleNamespace(value=value, sd=sd) for name, (value, sd) in pairs.items()}
+
+
+NAMES = ("original", "retrained", "a")
+
+
+@pytest.mark.parametrize(
+    ("rows", "row", "word"),
+    [
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": (0.6, 0.02)}, "x_{}", "suppressed"),
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": (0.22, 0.02)}, "x_{}", "erased"),
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": (0.26, 0.02)}, "x_{}", "erased"),
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": (0.28, 0.02)}, "x_{}", "suppressed"),
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": (0.6, 0.3)}, "x_{}", "erased"),
+        (
+            {"x_original": 0.3, "x_retrained": 0.2, "x_a": (0.6, 0.06)},
+            "x_{}",
+            "undecided: no power",
+        ),
+        ({"x_original": 0.9, "x_retrained": 0.2, "x_a": 0.6}, "x_{}", "undecided: no power"),
+        ({"x_original": 0.9, "x_a": 0.6}, "x_{}", "undecided: no control"),
+        ({"x_original": 0.9, "x_a": 0.6}, "y_{}", "not asked"),
+    ],
+)
+def test_the_rule_of_the_audit(rows, row, word):
+    assert audited(answers(**rows), row, "a", NAMES) == word
+
+
+@pytest.mark.parametrize(
+    ("found", "others", "word"),
+    [(0.1, 0.1, "suppressed"), (0.2, 0.1, "erased"), (0.2, 0.2, "undecided: wrecked")],
+)
+def test_low_errors_are_knowledge_unless_everything_is_drawn_badly(found, others, word):
+    rows = {"error_zc_original": 0.1, "error_zc_retrained": 0.2, "error_zc_a": (found, 0.01)}
+    rows |= {"error_zc_others_retrained": 0.1, "error_zc_others_a": others}
+    assert audited(answers(**rows), "error_zc_{}", "a", NAMES) == word
+
+
 CHECKS = (
     check_curve,
     check_least_squares,
     check_condition,
     check_best_round_and_step,
     check_probe,
+    check_redraw,
 )
 
 
@@ -149,6 +220,9 @@ def test_audit(check):
 
 
 PLANTED = [
+    ("[t, *later, -1]", "[*later, -1]", check_redraw),
+    ("*later, -1]", "*later, 0]", check_redraw),
+    ("predict(x, now), now, after", "predict(x, after), now, after", check_redraw),
     ("copy.deepcopy(model)", "model", check_curve),
     ("if step in at:", "if step + 1 in at:", check_curve),
     ("(decode(*free) - wanted)", "(decode(*free) + wanted)", check_least_squares),

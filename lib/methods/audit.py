@@ -9,12 +9,15 @@ latents of a known prior; here the input may be anything.
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lib.models.diffusion import NoiseSchedule, PredictNoise, ddim_step, ddim_steps, q_sample
 
 StepLoss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Measure = Callable[[nn.Module], float | Sequence[float]]
@@ -130,6 +133,34 @@ def invert(
         chosen[1] if condition is not None else None,
         chosen[0].square().flatten(1).sum(1),
     )
+
+
+@torch.no_grad()
+def redraw(
+    predict: PredictNoise,
+    x0: Tensor,
+    t: int,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    clip: bool = False,
+) -> Tensor:
+    """Put noise on pictures up to step t, and let a diffusion model take it off by DDIM.
+
+    SDEdit (Meng et al. 2022) edits pictures so. Here it asks at which noise a model no longer
+    brings back what it was given: of little noise every model does, whatever it was trained on.
+    ``steps`` are those of a whole way from T - 1 on; the later ones among them are taken.
+
+    Shapes: ``x0`` and ``noise`` (batch, ...); returns (batch, ...).
+    Raises: ValueError if ``t`` is not a step of the schedule, or ``steps`` not in 1..T.
+    """
+    if not 0 <= t < schedule.n_steps:
+        raise ValueError(f"Got step {t}; choose one from 0 to {schedule.n_steps - 1}.")
+    x = q_sample(x0, torch.full((len(x0),), t, device=x0.device), noise, schedule)
+    later = [step for step in ddim_steps(schedule.n_steps, steps) if step < t]
+    for now, after in pairwise([t, *later, -1]):
+        x = ddim_step(x, predict(x, now), now, after, schedule, clip=clip)
+    return x
 
 
 class Probe(NamedTuple):
