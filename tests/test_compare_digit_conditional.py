@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from lib.config import load_config
+from lib.config import ConfigError, load_config, resolve
 from lib.experiments import _conditional_kinds as kinds
 from lib.experiments._conditional_contenders import BASELINES, Workshop
 from lib.experiments._conditional_kinds import Ddpm, Vae, embedded, extrapolated
@@ -55,6 +55,32 @@ def test_a_condition_stands_for_its_class(kind):
     condition = kind.condition(model, c).requires_grad_()
     kind.decode(model, z, condition).sum().backward()
     assert (condition.grad != 0).any()
+
+
+def test_pictures_with_little_noise_are_given_back_and_classes_count_under_much():
+    kind, model = Ddpm(SAMPLING, CPU), small_ddpm()
+    x, noise = torch.rand(2, 3, 1, 8, 8, generator=seeded())
+    c = torch.tensor([0, 4, 7])
+    same = kind.redraw(model, x, c, 0, torch.zeros_like(x))
+    assert torch.allclose(same, x, atol=0.02)
+    far, other = (kind.redraw(model, x, k, 150, noise) for k in (c, c.flip(0)))
+    assert not torch.allclose(far, x, atol=0.1)
+    assert torch.equal(far[1], other[1]) and not torch.equal(far[0], other[0])
+
+
+def test_drawing_without_guidance_is_the_conditional_model():
+    model, c = small_ddpm(), torch.tensor([0, 4])
+    guided = Ddpm(replace(SAMPLING, guidance=3.0), CPU)
+    plain = guided.draw_unguided(model, c, seeded(1))
+    assert torch.equal(plain, Ddpm(SAMPLING, CPU).draw(model, c, seeded(1)))
+    assert not torch.equal(plain, guided.draw(model, c, seeded(1)))
+
+
+def test_only_a_model_that_draws_in_steps_redraws():
+    resolved = load_config("compare_vae_mnist", "smoke").resolved
+    wrong = resolved["audit"] | {"redrawing": {"at": [1], "n_targets": 1}}
+    with pytest.raises(ConfigError, match="the kind 'vae' draws at once, leave out"):
+        resolve("compare_vae_mnist", "smoke", resolved | {"audit": wrong})
 
 
 def test_a_model_sees_its_own_classes_again_after_other_conditions():

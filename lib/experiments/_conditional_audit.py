@@ -39,6 +39,17 @@ class Relearning:
 
 
 @dataclass(frozen=True)
+class Redrawing:
+    """``n_targets`` held-out pictures of the digit, and of others, with noise up to each of ``at``.
+
+    Only a diffusion model can be asked so.
+    """
+
+    at: tuple[int, ...]
+    n_targets: int
+
+
+@dataclass(frozen=True)
 class Audit:
     """The parts of the audit.
 
@@ -51,10 +62,11 @@ class Audit:
     n_probed: int
     n_members: int
     member_draws: int
+    redrawing: Redrawing | None = None
 
 
 class Auditor:
-    """Audit models of one kind; ``shows(images)`` is the share that shows the digit."""
+    """Audit models of one kind; ``right(images, classes)`` is the share that shows its class."""
 
     def __init__(
         self,
@@ -63,11 +75,16 @@ class Auditor:
         label: int,
         train: Digits,
         test: Digits,
-        shows: Callable[[Tensor], float],
+        right: Callable[[Tensor, Tensor], float],
         run: Run,
     ):
-        self.plan, self.kind, self.label, self.shows, self.run = plan, kind, label, shows, run
+        self.plan, self.kind, self.label, self.right, self.run = plan, kind, label, right, run
         self.train, self.test, self.others = train, test, test.without([label])
+
+    def shows(self, images: Tensor) -> float:
+        """Return the share of pictures that shows the digit."""
+        asked = torch.full((len(images),), self.label, device=images.device)
+        return self.right(images, asked)
 
     def of(self, model: nn.Module, seed: int) -> Found:
         """Return the whole audit of a model."""
@@ -77,6 +94,7 @@ class Auditor:
             | self.inverted(frozen, seed)
             | self.probed(frozen, seed)
             | self.members(frozen, seed)
+            | (self.redrawn(frozen, seed) if self.plan.redrawing else {})
         )
 
     def relearned(self, model: nn.Module, seed: int) -> Found:
@@ -181,6 +199,25 @@ class Auditor:
             "member_gap": float(members.mean() - strangers.mean()),
             "member_auc": float(roc_auc_score(is_member, np.concatenate([members, strangers]))),
         }
+
+    @torch.no_grad()
+    def redrawn(self, model: nn.Module, seed: int) -> Found:
+        """Put noise on held-out pictures up to a step and see what the model makes of them.
+
+        The share that shows the digit, and of the others that their own class; without guidance.
+        """
+        plan, kind, found = self.plan.redrawing, self.kind, {}
+        x, c = self.test.first(plan.n_targets, self.label)
+        rest, labels = self.others.first(plan.n_targets)
+        noise = torch.randn(x.shape, generator=self.run.generator(9700 + seed), device=x.device)
+        kept = []
+        for t in plan.at:
+            back = kind.redraw(model, x, c, t, noise)
+            found[f"redraw_{t}"] = self.shows(back)
+            kept.append(as_levels(back[:N_KEPT]))
+            back = kind.redraw(model, rest, labels, t, noise)
+            found[f"redraw_others_{t}"] = self.right(back, labels)
+        return found | {"redrawn": np.stack(kept)}
 
 
 def as_levels(pictures: Tensor) -> np.ndarray:

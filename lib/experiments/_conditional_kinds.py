@@ -19,6 +19,7 @@ from lib.experiments._diffusion import Sampling, draw, load_base
 from lib.experiments._digits import Digits, unit
 from lib.machine import clock
 from lib.methods.amnesia import Elbo
+from lib.methods.audit import redraw
 from lib.models.cvae import ConditionalVAE
 from lib.models.ddpm import ConditionalDDPM, to_signed
 from lib.models.diffusion import ddim_step, ddim_steps, q_sample
@@ -176,6 +177,18 @@ class Ddpm:
                 noise = model.predict_noise(x, torch.tensor(t, device=z.device), unused)
                 x = ddim_step(x, noise, t, t_next, model.schedule)
         return (x + 1) / 2
+
+    def draw_unguided(
+        self, model: ConditionalDDPM, c: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Draw a picture of each class by the conditional model alone."""
+        return unit(draw(model, c, replace(self.sampling, guidance=0.0), generator))
+
+    def redraw(self, model: ConditionalDDPM, x: Tensor, c: Tensor, t: int, noise: Tensor) -> Tensor:
+        """Put noise on pictures up to step t, and let the model take it off, told the classes."""
+        steps, predict = self.sampling.sample_steps, model.guided(c, 0.0)
+        back = redraw(predict, to_signed(x), t, noise, model.schedule, steps, clip=True)
+        return (back.clamp(-1, 1) + 1) / 2
 
     def read(self, model: ConditionalDDPM, x: Tensor, noise: Tensor) -> None:
         t = torch.full((len(x),), round(self.READ_AT * model.schedule.n_steps), device=x.device)

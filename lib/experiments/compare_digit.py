@@ -54,6 +54,8 @@ class Config(Sampling):
             raise ValueError(f"the kind {self.kind!r} is unknown, choose from {', '.join(KINDS)}")
         if self.n_remember < GRID_COLUMNS or self.n_samples < GRID_COLUMNS:
             raise ValueError(f"n_samples and n_remember must be at least {GRID_COLUMNS}")
+        if self.audit.redrawing and self.kind != "ddpm":
+            raise ValueError(f"the kind {self.kind!r} draws at once, leave out audit.redrawing")
 
 
 def run(config: Config, run: Run) -> None:
@@ -86,7 +88,7 @@ class Contest:
         self.workshop = Workshop(config, self.kind, self.train, run)
         self.others = [c for c in range(10) if c != config.forget]
         self.auditor = Auditor(
-            config.audit, self.kind, self.label, self.train, self.test, self.shows, run
+            config.audit, self.kind, self.label, self.train, self.test, self.right, run
         )
         self.names = ["original", "retrained", "amnesia", *BASELINES]
         if config.retrained is None:
@@ -122,10 +124,13 @@ class Contest:
         costs = {quantity: getattr(made, quantity) for quantity in COSTS}
         return costs | self.measure(made.model, seed) | self.auditor.of(made.model, seed)
 
+    def right(self, images: Tensor, c: Tensor) -> float:
+        """Return the share of pictures in which the judge sees their class."""
+        return metrics.accuracy(predict_logits(self.judge, images), c)
+
     def shows(self, images: Tensor) -> float:
         """Return the share of pictures in which the judge sees the digit."""
-        asked = torch.full((len(images),), self.label, device=images.device)
-        return metrics.accuracy(predict_logits(self.judge, images), asked)
+        return self.auditor.shows(images)
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the judge's logits are linear in."""
@@ -166,7 +171,12 @@ class Contest:
         """
         own, others, c = self.drawn(model, self.run.generator(1000 + seed))
         found = self.judged(own)
-        found["remember_accuracy"] = metrics.accuracy(predict_logits(self.judge, others), c)
+        found["remember_accuracy"] = self.right(others, c)
+        if self.config.kind == "ddpm":
+            asked = torch.full((self.config.n_samples,), self.label, device=self.run.device)
+            unguided = self.kind.draw_unguided(model, asked, self.run.generator(1000 + seed))
+            found |= {"share_unguided": self.shows(unguided)}
+            found |= {"grid_unguided": as_levels(unguided[:GRID_COLUMNS])}
         features = self.features(others)
         for name, reference in self.references.items():
             shown = self.features(own) if name == "frechet_forgotten" else features
@@ -212,6 +222,7 @@ class Contest:
             ("error_", "share_z", "norm_"): (audit.inversion.n_targets, self.test.source),
             ("probe_",): (audit.n_probed, self.test.source),
             ("member_", "bound_"): (audit.n_members, self.train.source),
+            ("redraw_",): (getattr(audit.redrawing, "n_targets", 0), self.test.source),
             tuple(COSTS): (1, self.train.source),
             ("remember", "frechet_r", "frechet_o"): (kept, "samples of the model"),
         }
@@ -224,7 +235,8 @@ class Contest:
         self, name: str, quantity: str, values: list[float], seeds: Sequence[int], n: int, data: str
     ) -> None:
         """Write one row, with its unit and with who says so."""
-        judged = quantity.startswith(("prob", "entropy", "share", "remember", "relearn"))
+        by_judge = "prob", "entropy", "share", "remember", "relearn", "redraw"
+        judged = quantity.startswith(by_judge)
         judged = judged and not quantity.startswith("probe")
         distance = quantity.startswith("frechet")
         self.run.row(
@@ -262,6 +274,8 @@ class Contest:
         if quantity == "seconds":
             steps = config.timed_steps
             return f"selective amnesia, retraining: extrapolated from {steps} of their steps"
+        if quantity.startswith("redraw_"):
+            return f"noise up to the step, off by DDIM of {config.sample_steps} for the whole way"
         if quantity.startswith("relearn_"):
             return f"after {audit.relearning.report} steps on real pictures of the digit"
         if quantity.startswith(("error_", "share_z", "norm_")):
@@ -273,6 +287,12 @@ class Contest:
         plan = self.config.audit.relearning
         curves = [np.stack([each["curves"] for each in found]) for found in parts.values()]
         targets, _ = self.test.first(len(parts["original"][0]["found_z"]), self.label)
+        steps = {}
+        if redrawing := self.config.audit.redrawing:
+            steps["redraw_at"] = np.array(redrawing.at)
+        for kept in ("redrawn", "grid_unguided"):
+            if kept in parts["original"][0]:
+                steps[kept] = np.stack([found[0][kept] for found in parts.values()])
         self.run.arrays(
             contenders=np.array(self.names),
             samples=np.stack([found[0]["grid"] for found in parts.values()]),
@@ -284,4 +304,5 @@ class Contest:
             inverted_targets=as_levels(targets),
             inverted_z=np.stack([found[0]["found_z"] for found in parts.values()]),
             inverted_zc=np.stack([found[0]["found_zc"] for found in parts.values()]),
+            **steps,
         )
