@@ -1,5 +1,6 @@
 """The generated pages, on a tiny book with planted errors and on this one."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -124,12 +125,13 @@ class Book:
         config = self.config(run, *entries)
         folder = f"results/{run}/{profile}"
         common = {
-            "sd": None, "seeds": [0, 1], "n_samples": 8, "unit": "", "data": "toy",
+            "sd": None, "seeds": [0, 1], "n_samples": 8, "data": "toy",
             "feature_extractor": None, "preprocessing": None, "device": "1 CPU core",
             "commit": "abc", "config_sha": "def",
         }  # fmt: skip
         rows = [
             {"quantity": quantity, "value": value, "wall_s": 90.0 + number, **common}
+            | {"unit": "Fréchet distance" if quantity.startswith("frechet") else ""}
             for number, (quantity, value) in enumerate(values.items())
         ]
         self.write(f"{folder}/metrics.json", json.dumps(rows))
@@ -184,6 +186,24 @@ def test_a_row_gets_the_worst_of_what_was_measured_and_tells_the_rest(book):
     page = paper_tables(book.root, "taming")
     assert "1 reproduced, 1 not reproduced, 1 not attempted" in page
     assert "a 0.5 (2 seeds); b 2 (2 seeds)." in page
+
+
+def test_a_frechet_distance_stands_beside_that_of_before(book):
+    book.run("faces", ("frechet_a_b", TAMED, "< 1"), frechet_a_b=2.0, frechet_base=1.0)
+    ours = "frechet a b 2 Fréchet distance (2 seeds)"
+    assert f"{ours}, before 1." in paper_tables(book.root, "taming")
+    measured = {"frechet_a_b": 2.0, "frechet_base": 1.0, "frechet_a_original": 3.0}
+    book.run("faces", ("frechet_a_b", TAMED, "< 1"), **measured)
+    assert f"{ours}, before 3." in paper_tables(book.root, "taming")
+
+
+def test_what_a_chapter_shows_without_a_rule_says_so(book):
+    assert "no rule" not in paper_tables(book.root, "taming")
+    listed = copy.deepcopy(LISTED)
+    listed["taming"]["groups"][0]["items"][1]["chapter"] = "ch-toy"
+    book.list(listed)
+    assert paper_tables(book.root, "taming").count("shown, but no rule judges it") == 1
+    assert book.verdicts()["8 images"] == "not attempted"
 
 
 def test_the_profile_nearest_to_the_paper_counts_and_smoke_never(book):

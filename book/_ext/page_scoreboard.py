@@ -196,7 +196,23 @@ def tally(judged: list[Judged]) -> str:
 def measured(judged: Judged) -> str:
     """Write what was measured: ``share centre tamed 0.0026 ± 0.0011 (5 seeds)``."""
     quantity = judged.entry["quantity"].replace("_", " ")
-    return f"{quantity} {format_ours(judged.row)}" if judged.row else f"*{quantity}:* not measured"
+    if not judged.row:
+        return f"*{quantity}:* not measured"
+    return f"{quantity} {format_ours(judged.row)}{_before(judged)}"
+
+
+def _before(judged: Judged) -> str:
+    """Write the base's value of a Fréchet distance, which says nothing by itself."""
+    if judged.row.unit != "Fréchet distance":
+        return ""
+    known = {row.quantity: row for row in results.read_results(*judged.run.split("/")).rows}
+    parts = judged.row.quantity.split("_")
+    for n in range(len(parts) - 1, 0, -1):
+        for end in ("base", "original"):
+            name = "_".join([*parts[:n], end])
+            if name in known and name != judged.row.quantity:
+                return f", before {format_number(known[name].value)}"
+    return ""
 
 
 def run_name(judged: Judged) -> str:
@@ -220,6 +236,8 @@ def _item_row(item: Item, board: Board, labels: dict[str, list[str]]) -> list[st
     verdict = badge(item.verdict)
     if len(item.judged) > 1:
         verdict += f"\n{tally(item.judged)}"
+    elif item.chapter and not item.judged:
+        verdict += "\nshown, but no rule judges it"
     names = dict.fromkeys(run_name(j) for j in item.judged)
     shown = [label for j in item.judged for label in labels.get(j.run.split("/")[0], [])]
     places = dict.fromkeys([*([item.chapter] if item.chapter else []), *shown])
