@@ -1,10 +1,13 @@
 """What the benchmarks set side by side must do the same, or the ratio says nothing."""
 
 import importlib
+import json
 from itertools import islice
 
+import page_status
 import pytest
 import torch
+from page_text import PageError
 
 from lib import ROOT
 from lib.config import load_config
@@ -96,3 +99,20 @@ def test_a_forgetting_step_sees_as_many_latents_as_a_training_step(small, bench,
     for step in steps.values():
         step()
     assert seen == [2 * config.sa.batch] * 2
+
+
+def test_benchmarks_show_the_last_table_or_say_how_to_make_it(tmp_path):
+    with pytest.raises(PageError, match="make it with `make bench`"):
+        page_status.benchmarks(tmp_path)
+    lines = [
+        {"what": "a step", "way": "theirs", "value": 2.0, "unit": "ms", "ratio": 1.0},
+        {"what": "a step", "way": "ours", "value": 1.0, "unit": "ms", "ratio": 2.0},
+        {"what": "pictures", "way": "ours", "value": 9.0, "unit": "images/s", "ratio": None},
+    ]
+    about = {"machine": "M", "versions": {"torch": "1"}, "commit": "abc", "date": "2000-01-01"}
+    path = tmp_path / "book/tables/benchmarks.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(about | {"lines": lines}))
+    page = page_status.benchmarks(tmp_path)
+    assert "2000-01-01 at commit `abc` on M, with torch 1" in page
+    assert page.count("a step") == 1 and "2.00×" in page and "images/s" in page
