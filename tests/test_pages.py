@@ -340,9 +340,10 @@ def test_equations_tell_what_is_missing(book):
         "tnf-11": ("no chapter shows it", None),
     }
     page = page_equations.paper_equations(book.root, "TNF")
-    assert "Eq. {eq}`tnf-7` of {ref}`ch-toy`\n  - `distance`\n    lib/toy.py:2\n" in page
+    place, function = "Eq. {eq}`tnf-7` of {ref}`ch-toy`", "*Function:* `distance` in lib/toy.py:2"
+    assert f"{place}\n    \n    {function}\n" in page
     assert "$$\n    x = 1\n    $$\n" in page  # without the number of the paper
-    assert "  - `test_through_a_helper` in tests/test_toy.py\n" in page
+    assert "*Tests:* `test_through_a_helper` in tests/test_toy.py\n" in page
     assert "**no function yet**" in page and "**no test names it**" in page
     assert "No chapter" in page_equations.paper_equations(book.root, "FU")
     book.write("_config.yml", "repository: {url: https://x.org/r, branch: main}")

@@ -171,8 +171,10 @@ def paper_equations(root: Path, paper: str) -> str:
     if not found:
         return "No chapter shows an equation of this paper yet."
     address = repository(root)
-    rows = [[e.number, _place(e), _functions(e, address), _tests(e, root)] for e in found]
-    return table(["Paper", "In the book", "Function", "Tests"], rows, [10, 44, 22, 24], "equations")
+    rows = [
+        [e.number, "\n\n".join([_place(e), _functions(e, address), _tests(e, root)])] for e in found
+    ]
+    return table(["Paper", "Equation, its functions and tests"], rows, [12, 88], "equations")
 
 
 def _place(equation: Equation) -> str:
@@ -190,7 +192,7 @@ def _functions(equation: Equation, address: str) -> str:
         place = f"{function.path}:{function.line}"
         if address:
             place = f"[{place}]({address}/{function.path}#L{function.line})"
-        lines.append(f"`{function.name}`\n{place}")
+        lines.append(f"*Function:* `{function.name}` in {place}")
     return "\n\n".join(lines)
 
 
@@ -203,4 +205,4 @@ def _tests(equation: Equation, root: Path) -> str:
     names = ", ".join(f"`{name}`" for _, name in found[:MAX_TESTS])
     more = f" and {len(found) - MAX_TESTS} more" if len(found) > MAX_TESTS else ""
     files = ", ".join(dict.fromkeys(path for path, _ in found))
-    return f"{names}{more} in {files}"
+    return f"*Tests:* {names}{more} in {files}"
