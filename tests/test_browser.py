@@ -343,6 +343,7 @@ def test_page_of_the_book(open_page, name):
 
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.wait_for_function("document.getAnimations().length === 0")  # colours fade over
     assert page.evaluate(CONTRASTS) == []
 
     page.set_viewport_size({"width": 360, "height": 740})
