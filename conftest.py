@@ -19,6 +19,8 @@ import chapter_reference
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError
 
+import lib  # noqa: F401  # before any test imports torch: it settles on one thread a process
+
 ORIGIN = "outputs of a chapter"
 UPDATE = "rewrite it with `pytest --update-reference` (or `make reference`) and read the diff."
 
