@@ -5,8 +5,6 @@ import platform
 import time
 from pathlib import Path
 
-import torch
-
 
 def processor() -> str:
     """Name the processor, as far as the system tells."""
@@ -38,4 +36,6 @@ def clock() -> float:
     They are those of the CPU, which other work on the machine does not stretch, or of the clock
     where a GPU does the work.
     """
+    import torch  # the pages of the book do without
+
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
